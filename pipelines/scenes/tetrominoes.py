@@ -163,7 +163,8 @@ def _pick(uniform: NDArray[np.float64], options: NDArray[np.int64]) -> NDArray[n
 def _nth_true(flags: NDArray[np.bool_], n: NDArray[np.int64]) -> NDArray[np.int64]:
     """Index of the n-th true flag of each row. [N, P], [N] -> [N]."""
     beyond = np.cumsum(flags, axis=1, dtype=np.int32) > n[:, None]  # [N, P]
-    return np.argmax(beyond, axis=1).astype(np.int64)
+    nth: NDArray[np.int64] = np.argmax(beyond, axis=1)  # the first flag beyond n
+    return nth
 
 
 def _enlarge(cells: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
