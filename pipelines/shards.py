@@ -86,6 +86,8 @@ def write_shard(
             raise ValueError(f"{name}: no samples; leave empty shards out of the set")
         file.flush()
         sidecar = scan(Path(file.name), name, source)
+        # From here on an index of this folder would not tell the truth.
+        (folder / INDEX).unlink(missing_ok=True)
         # The sidecar goes first: killed in between, it does not match the tar and the shard is written again.
         _write_sidecar(folder, sidecar)
     return sidecar.shard

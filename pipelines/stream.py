@@ -1,5 +1,6 @@
 """From a plan to batches: every step of a run as micro batches of one shape, read ahead by a thread."""
 
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -14,12 +15,10 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import noise as noises
 from pipelines.errors import DataError
-from pipelines.noise import Purpose
+from pipelines.noise import Purpose, gumbel, normal
 from pipelines.plan import Plan, Span, micro_batches
 from pipelines.reader import Fault, Reader
 from pipelines.samples import BadSample, Sample, decode
@@ -201,6 +200,7 @@ class Stream:
     # --- in the thread -------------------------------------------------------------------------------------------
 
     def _make(self, step: int) -> _Step:
+        self._check_limit()  # once above the limit no later step gets by
         begin, end = self._plan.bounds(step, self._rank, self._world)
         # A rank without samples pads with a neighbour's: its micro batches must have the same shape.
         low = min(begin, self._plan.size(step) - 1)
@@ -219,7 +219,7 @@ class Stream:
 
     def _entries(self, span: Span, place: int) -> list[_Entry]:
         order = self._plan.order(span.window)
-        entries = []
+        entries: list[_Entry] = []
         for i in range(span.first, span.first + span.count):
             planned = int(order[i])
             sample = self._sample(span, planned)
@@ -256,26 +256,32 @@ class Stream:
 
     def _count_bad(self, number: int, reason: str) -> None:
         self.bad[number] = reason
+        self._check_limit()
+
+    def _check_limit(self) -> None:
         if len(self.bad) > self._bad_limit:
             index = self._plan.index
             shards = Counter(index.shards[index.locate(bad)[0]].name for bad in self.bad)
             worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(3))
             raise DataError(
                 f"bad samples: {len(self.bad)} of {index.num_samples}, more than the limit of {self._bad_limit}; "
-                f"most in {worst}; the last: {reason}. Repair these shards, index them again, or raise the limit"
+                f"most in {worst}; the last: {list(self.bad.values())[-1]}. "
+                "Repair these shards, index them again, or raise the limit"
             )
 
     def _collate(self, step: int, entries: list[_Entry], real: int) -> MicroBatch:
         places = np.array([entry.place for entry in entries], dtype=np.int64)  # [m]
         masks = [entry.sample.masks for entry in entries if entry.sample.masks is not None]
-        slots, gate = self._noise.get("slots"), self._noise.get("gate")
+        slots = gate = None
+        if "slots" in self._noise:
+            slots = torch.from_numpy(normal(self._seed, Purpose.SLOTS, step, places, self._noise["slots"]))
+        if "gate" in self._noise:
+            gate = torch.from_numpy(gumbel(self._seed, Purpose.GATE, step, places, self._noise["gate"]))
         return MicroBatch(
             images=to_model(np.stack([entry.sample.image for entry in entries])),
             weight=torch.from_numpy((np.arange(len(entries)) < real).astype(np.float32)),
-            slot_noise=None
-            if slots is None
-            else _tensor(noises.normal(self._seed, Purpose.SLOTS, step, places, slots)),
-            gate_noise=None if gate is None else _tensor(noises.gumbel(self._seed, Purpose.GATE, step, places, gate)),
+            slot_noise=slots,
+            gate_noise=gate,
             num_objects=torch.tensor([entry.sample.num_objects for entry in entries], dtype=torch.int64),
             masks=torch.from_numpy(np.stack(masks).astype(np.int64)) if self._with_masks else None,
             ids=torch.tensor([entry.number for entry in entries], dtype=torch.int64),
@@ -316,10 +322,8 @@ class _Prefetcher:
     def close(self) -> None:
         self._stop.set()
         while self._thread.is_alive():  # it may be waiting for room
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
-            except queue.Empty:
-                pass
         self._thread.join()
 
     def _run(self, step: int) -> None:
@@ -339,9 +343,6 @@ def _check_memory(plan: Plan, world: int, limit: int) -> None:
     if needed > limit:
         raise ValueError(
             f"lanes x window: {plan.open_lanes(world)} open lanes of {plan.window} shards take up to "
-            f"{needed / 2**30:.1f} GiB, the limit is {limit / 2**30:.1f} GiB; lower lanes or window, or write smaller shards"
+            f"{needed / 2**30:.1f} GiB, the limit is {limit / 2**30:.1f} GiB; "
+            "lower lanes or window, or write smaller shards"
         )
-
-
-def _tensor(array: NDArray[np.float32]) -> Tensor:
-    return torch.from_numpy(array)
