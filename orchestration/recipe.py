@@ -1,0 +1,327 @@
+"""The typed recipe: one YAML per experiment, validated whole before anything starts."""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+# What a run may change between submissions without becoming another run: where and how it computes, is shown and is
+# promoted, but nothing that its curve depends on.
+MUTABLE_SECTIONS = ("parallel", "tracking", "registry")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class RecipeError(Exception):
+    """A recipe that cannot run: a sentence with the field's path, its value and the cure, for each problem."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ScenesSection(Section):
+    """Tetromino scenes rendered here; the defaults are the published set's (35 x 35, three pieces)."""
+
+    pieces: tuple[PositiveInt, PositiveInt] = Field((3, 3), description="fewest and most pieces in a scene, uniform")
+    grid: int = Field(7, ge=4, description="cells a side of the scene")
+    cell: PositiveInt = Field(5, description="pixels a side of a cell")
+    train: PositiveInt = Field(60_000, description="training scenes")
+    eval: PositiveInt = Field(320, description="held-out scenes")
+    per_shard: PositiveInt = Field(1000, description="scenes in a shard")
+    seed: int = Field(0, ge=0, description="seed of the scenes")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.pieces[0] > self.pieces[1]:
+            raise ValueError(f"pieces: {list(self.pieces)} is not a range; write [fewest, most]")
+        return self
+
+
+class DataSection(Section):
+    """Where the samples come from: scenes to render, or two folders of WebDataset shards with an index."""
+
+    scenes: ScenesSection | None = Field(None, description="render Tetrominoes into shards before training")
+    train: str | None = Field(None, description="folder of training shards, where nothing is rendered")
+    eval: str | None = Field(None, description="folder of held-out shards, where nothing is rendered")
+    lanes: PositiveInt = Field(8, description="streams that a batch is drawn from; rounded down to divide the batch")
+    window: PositiveInt = Field(4, description="shards in a shuffle window of a lane")
+    bad_samples: int | None = Field(None, ge=0, description="corrupt samples that stop a run; null: 1 % of the set")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        folders = [self.train, self.eval]
+        if self.scenes is not None and any(folders):
+            raise ValueError("scenes and the folders train/eval are both given; give one of the two")
+        if self.scenes is None and not all(folders):
+            raise ValueError("neither scenes nor both folders train and eval are given; give one of the two")
+        return self
+
+
+class ModelSection(Section):
+    """The autoencoder; the defaults are the published Tetrominoes model (Locatello et al. 2020)."""
+
+    image_size: PositiveInt = Field(35, description="pixels a side")
+    num_slots: PositiveInt = Field(4, description="K, the most objects (and background) that an image can have")
+    slot_dim: PositiveInt = 64
+    iterations: PositiveInt = 3
+    hidden_dim: PositiveInt = 128
+    initial: Literal["shared", "per_slot"] = Field("shared", description="one learned Gaussian, or one for each slot")
+    gradient: Literal["full", "bilevel"] = Field("full", description="through all iterations, or the last alone")
+    adaptive: bool = Field(False, description="a gate decides for each slot whether the image needs it (AdaSlot)")
+    keep_bias: float = Field(0.0, description="initial logit of keeping a slot")
+    encoder_channels: PositiveInt = 32
+    encoder_kernel: PositiveInt = 5
+    encoder_strides: tuple[PositiveInt, ...] = Field((1, 1, 1, 1), min_length=1)
+    decoder_channels: PositiveInt = 32
+    decoder_layers: PositiveInt = 3
+    decoder_kernel: PositiveInt = 5
+    decoder_output_kernel: PositiveInt = 3
+    decoder_patch: PositiveInt = Field(1, description="pixels a side that one decoder cell becomes")
+
+
+class TrainSection(Section):
+    """Optimisation: Adam, and schedules that are functions of the step alone."""
+
+    steps: PositiveInt = 500_000
+    batch_size: PositiveInt = Field(64, description="global batch; the number of workers never changes it")
+    micro_batch: PositiveInt = Field(64, description="most samples that one worker runs at a time")
+    learning_rate: float = Field(4e-4, gt=0)
+    warmup_steps: int = Field(10_000, ge=0, description="linear rise of the learning rate")
+    half_life: PositiveInt | None = Field(100_000, description="steps in which the learning rate halves")
+    decay_steps: int = Field(0, ge=0, description="linear fall to zero over the last steps")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the global gradient")
+    keep_weight: float = Field(0.0, ge=0, description="penalty on the mean of keep, for an adaptive model")
+    gate_from: int = Field(0, ge=0, description="the gate decides from this step; before, every slot is kept")
+    keep_ramp: int = Field(0, ge=0, description="steps from gate_from in which the penalty rises to keep_weight")
+    temperature: float = Field(1.0, gt=0, description="of the gate's straight-through gradient")
+    checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
+    checkpoints_kept: int = Field(3, ge=2, description="newest checkpoints to keep; one more than the newest at least")
+
+
+class Workers(Section):
+    min: PositiveInt = 1
+    max: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max: {self.max} is less than min: {self.min}; raise max or lower min")
+        return self
+
+
+class ParallelSection(Section):
+    """Where and how it computes; nothing here changes what is computed."""
+
+    workers: Workers = Workers()
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO: what is sharded over the workers")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights and gradients stay fp32")
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    max_failures: int = Field(3, ge=0, description="worker failures in a row without a new checkpoint, before giving up")
+
+
+class TrackingSection(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="tracking URI; null: sqlite in the state folder")
+    experiment: str = "slotforge"
+    every: PositiveInt = Field(10, description="steps between points of the training curves")
+
+
+class EvaluateSection(Section):
+    """Held-out evaluation."""
+
+    every: PositiveInt = Field(1000, description="steps between evaluations while training")
+    batch_size: PositiveInt = 64
+    background_slots: int = Field(0, ge=0, description="kept slots that hold background, not an object")
+
+
+class RegistrySection(Section):
+    """The registered model and the gate that its alias champion has to pass."""
+
+    model: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="name; null: slotforge-<recipe's name>")
+    floors: dict[Literal["fg_ari", "count_correlation", "count_accuracy"], Fraction] = Field(default_factory=dict)
+
+
+class Recipe(Section):
+    """A whole experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(0, ge=0, lt=2**63)
+    data: DataSection
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    tracking: TrackingSection = TrackingSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    registry: RegistrySection = RegistrySection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        scenes, model, train = self.data.scenes, self.model, self.train
+        if scenes is not None and scenes.grid * scenes.cell != model.image_size:
+            size = scenes.grid * scenes.cell
+            raise ValueError(
+                f"model.image_size: {model.image_size} is not data.scenes' grid x cell = {size}; set it to {size}"
+            )
+        if train.keep_weight > 0 and not model.adaptive:
+            raise ValueError(
+                f"train.keep_weight: {train.keep_weight} has no gate to act on; set model.adaptive: true or it to 0"
+            )
+        if train.gate_from >= train.steps and model.adaptive:
+            raise ValueError(
+                f"train.gate_from: {train.gate_from} is not before the end at step {train.steps}; lower it"
+            )
+        if train.batch_size < self.parallel.workers.min:
+            raise ValueError(
+                f"parallel.workers.min: {self.parallel.workers.min} is more than train.batch_size: "
+                f"{train.batch_size} samples; lower it or raise the batch"
+            )
+        if self.evaluate.background_slots >= model.num_slots:
+            raise ValueError(
+                f"evaluate.background_slots: {self.evaluate.background_slots} leaves no slot of model.num_slots: "
+                f"{model.num_slots} for objects; lower it"
+            )
+        return self
+
+    @property
+    def registered_model(self) -> str:
+        return self.registry.model or f"slotforge-{self.name}"
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that make a run what it is: everything but how it is computed, shown and promoted."""
+        return self.model_dump(mode="json", exclude=set(MUTABLE_SECTIONS))
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads and validates a recipe.
+
+    Args:
+        name: a path to a YAML file, or the name of one in a recipes folder (the current one's, then the project's).
+        overrides: "section.field=value", the value in YAML.
+
+    Raises:
+        RecipeError: no such recipe, or a wrong one.
+    """
+    path = _find(name)
+    try:
+        fields = yaml.load(path.read_text(), Loader=_Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: this is not YAML ({_one_line(str(error))}); correct the file") from error
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path}: the file is a {type(fields).__name__}; write sections such as 'train:' at its top")
+    fields.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(fields, override)
+    return parse_recipe(fields)
+
+
+def parse_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain fields, as YAML or JSON gives them.
+
+    Raises:
+        RecipeError: one sentence for each wrong field.
+    """
+    try:
+        # By way of JSON: strict types, and yet a list is good for a tuple.
+        return Recipe.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise RecipeError("\n".join(_sentence(problem) for problem in error.errors())) from error
+    except TypeError as error:
+        raise RecipeError(f"recipe: a value is not plain YAML ({error}); use numbers, strings and lists") from error
+
+
+def recipe_names() -> list[str]:
+    """The names that load_recipe finds without a path."""
+    return sorted({path.stem for folder in _folders() if folder.is_dir() for path in folder.glob("*.yaml")})
+
+
+def state_home() -> Path:
+    """The folder of data, runs and the default MLflow store: $SLOTFORGE_HOME, or .slotforge in the home folder."""
+    return Path(os.environ.get("SLOTFORGE_HOME") or Path.home() / ".slotforge").expanduser().absolute()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: 1e-3 is a number here, as people write it."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _folders() -> list[Path]:
+    package = Path(__file__).parent
+    return [Path("recipes"), package.parent / "recipes", package / "recipes"]
+
+
+def _find(name: str) -> Path:
+    if Path(name).suffix in {".yaml", ".yml"}:
+        if not Path(name).is_file():
+            raise RecipeError(f"recipe: there is no file {name}; give a path that exists or one of {recipe_names()}")
+        return Path(name)
+    for folder in _folders():
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise RecipeError(f"recipe: there is no recipe {name!r}; take one of {recipe_names()} or a path to a YAML file")
+
+
+def _apply(fields: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {override}: this is not section.field=value; write e.g. --set train.batch_size=256")
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        inner = fields.setdefault(parent, {})
+        if inner is None:
+            inner = fields[parent] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: {parent} is {inner!r}, not a section; name a field that exists")
+        fields = inner
+    try:
+        fields[leaf] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value {text!r} is not YAML; put it in quotes") from error
+
+
+def _sentence(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    message, value = _one_line(str(problem["msg"])), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        cure = f"did you mean {close[0]!r}?" if close else f"take one of {', '.join(known)}"
+        return f"{path}: there is no such field (its value is {value!r}); {cure}"
+    if problem["type"] == "missing":
+        return f"{path}: the field is missing; add it"
+    if problem["type"] == "value_error":  # ours: already with value and cure
+        sentence = message.removeprefix("Value error, ")
+        return f"{path}.{sentence}" if path else sentence
+    expected = message.removeprefix("Input should be ")
+    return f"{path}: {value!r} is not valid; it should be {expected}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section))
+    return list(section.model_fields)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,44 @@
+"""What changes over a run, as functions of the step alone."""
+
+from dataclasses import dataclass
+
+from orchestration.recipe import TrainSection
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and gate of a step, counted from 0."""
+
+    train: TrainSection
+
+    @property
+    def steps(self) -> int:
+        return self.train.steps
+
+    @property
+    def temperature(self) -> float:
+        return self.train.temperature
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up times exponential decay, as published (the decay runs during warm-up too), times a final fall."""
+        train = self.train
+        rate = train.learning_rate
+        if train.warmup_steps:
+            rate *= min(1.0, (step + 1) / train.warmup_steps)
+        if train.half_life:
+            rate *= 0.5 ** (step / train.half_life)
+        if train.decay_steps:
+            rate *= min(1.0, (train.steps - step) / train.decay_steps)
+        return rate
+
+    def gated(self, step: int) -> bool:
+        """Whether the gate decides yet."""
+        return step >= self.train.gate_from
+
+    def keep_weight(self, step: int) -> float:
+        """Weight of the penalty on the mean of keep."""
+        train = self.train
+        if not self.gated(step):
+            return 0.0
+        ramp = min(1.0, (step - train.gate_from + 1) / train.keep_ramp) if train.keep_ramp else 1.0
+        return train.keep_weight * ramp

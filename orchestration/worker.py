@@ -1,0 +1,162 @@
+"""The training loop that each rank runs.
+
+It knows torch and slot_models alone and is handed the rest: batches, an engine, a schedule, and hooks for what
+should happen after a step. What it is not given it does without, so the same loop runs on a bare machine.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slot_models import SlotOutput
+
+
+class Micro(Protocol):
+    """m samples of this rank; see pipelines.stream.MicroBatch."""
+
+    images: Tensor
+    weight: Tensor
+    slot_noise: Tensor | None
+    gate_noise: Tensor | None
+    num_objects: Tensor
+
+    def to(self, device: torch.device) -> "Micro": ...
+
+
+class Batches(Protocol):
+    """This rank's slice of every step, as micro batches of one shape; ``waited`` counts the seconds lost on it."""
+
+    waited: float
+
+    def batch_size(self, step: int) -> int: ...
+    def step(self, step: int) -> Iterable[Any]: ...
+
+
+class Schedule(Protocol):
+    """What changes over a run, as functions of the step; see orchestration.schedule."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    def learning_rate(self, step: int) -> float: ...
+    def gated(self, step: int) -> bool: ...
+    def keep_weight(self, step: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a rank knows of a step that is done.
+
+    Fields:
+        step: the step, from 0.
+        means: float [M], this rank's part of the batch's means, in the order of ``curve_names``; the sum over ranks
+            is the mean. Still on the device: reading it synchronises.
+        learning_rate, keep_weight: of this step.
+        batch_size: samples of this step over all ranks.
+        seconds, waited: of the whole step, and of waiting for its data.
+    """
+
+    step: int
+    means: Tensor
+    learning_rate: float
+    keep_weight: float
+    batch_size: int
+    seconds: float
+    waited: float
+
+    @property
+    def done(self) -> int:
+        """Steps done so far."""
+        return self.step + 1
+
+
+Hook = Callable[[StepReport], None]
+
+
+def train(
+    engine: Any,
+    batches: Batches,
+    schedule: Schedule,
+    *,
+    start: int = 0,
+    background_slots: int = 0,
+    hooks: Sequence[Hook] = (),
+) -> None:
+    """Trains a slot autoencoder from step ``start`` to the schedule's end.
+
+    Args:
+        engine: an orchestration.engine.Engine around a SlotAutoencoder.
+        batches: this rank's samples and their noise.
+        schedule: learning rate, gate and penalty of each step.
+        start: steps that are done already.
+        background_slots: kept slots that hold no object, for slots/count_error.
+        hooks: called after each step, in order, by every rank.
+    """
+    for step in range(start, schedule.steps):
+        began, waited = time.perf_counter(), batches.waited
+        size, keep_weight = batches.batch_size(step), schedule.keep_weight(step)
+        means: Tensor | float = 0.0
+
+        for micro in batches.step(step):  # this rank's slice: images [m, 3, H, W], noise, weight [m]
+            micro = micro.to(engine.device)
+            output = engine(
+                micro.images,
+                micro.slot_noise,
+                micro.gate_noise,
+                temperature=schedule.temperature,
+                gated=schedule.gated(step),
+            )
+            reconstruction = reconstruction_error(output, micro.images)  # [m]
+            penalty = keep_weight * output.keep.mean(dim=1)  # [m]
+            share = micro.weight / size  # [m], of the global batch
+            engine.backward(reconstruction + penalty, share)
+            means = means + share @ _curves(output, reconstruction, penalty, micro.num_objects, background_slots)
+
+        learning_rate = schedule.learning_rate(step)
+        engine.step(learning_rate)
+        assert isinstance(means, Tensor)
+        report = StepReport(
+            step=step,
+            means=means,
+            learning_rate=learning_rate,
+            keep_weight=keep_weight,
+            batch_size=size,
+            seconds=time.perf_counter() - began,
+            waited=batches.waited - waited,
+        )
+        for hook in hooks:
+            hook(report)
+
+
+def reconstruction_error(output: SlotOutput, images: Tensor) -> Tensor:
+    """Mean squared error over an image's values. [m]"""
+    return (output.reconstruction - images).square().mean(dim=(1, 2, 3))
+
+
+def curve_names(num_slots: int) -> list[str]:
+    """Names of StepReport.means."""
+    return [
+        "loss/total",
+        "loss/reconstruction",
+        "loss/keep",
+        "slots/kept_mean",
+        "slots/kept_fraction",
+        "slots/count_error",
+        *(f"slots/keep_probability/{slot}" for slot in range(num_slots)),
+    ]
+
+
+@torch.no_grad()
+def _curves(
+    output: SlotOutput, reconstruction: Tensor, penalty: Tensor, num_objects: Tensor, background_slots: int
+) -> Tensor:
+    """Each sample's part of the curves [m, M]; the count error is NaN where the number of objects is unknown."""
+    kept = output.keep.sum(dim=1)
+    count_error = torch.where(num_objects < 0, torch.nan, (kept - background_slots - num_objects).abs())
+    columns = [reconstruction + penalty, reconstruction, penalty, kept, output.keep.mean(dim=1), count_error]
+    return torch.cat([torch.stack(columns, dim=1), output.keep_probability], dim=1).float()

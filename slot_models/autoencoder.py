@@ -1,0 +1,128 @@
+"""SlotAutoencoder: an image to slots and back."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from slot_models.adaptive import Gate, SlotGate, masked_mixture
+from slot_models.attention import Gradient, Initial, SlotAttention
+from slot_models.decoders import SpatialBroadcastDecoder
+from slot_models.encoders import ConvEncoder
+
+
+class SlotOutput(NamedTuple):
+    """What the autoencoder saw in a batch.
+
+    slots: float [B, K, D].
+    keep: float [B, K], 0 or 1 in value.
+    keep_probability: float [B, K].
+    masks: float [B, K, H, W], each slot's share of each pixel; dropped slots have none.
+    pictures: float [B, K, 3, H, W], what each slot paints.
+    reconstruction: float [B, 3, H, W].
+    """
+
+    slots: Tensor
+    keep: Tensor
+    keep_probability: Tensor
+    masks: Tensor
+    pictures: Tensor
+    reconstruction: Tensor
+
+
+class SlotAutoencoder(nn.Module):
+    """Encoder, slot attention, gate and decoder (Locatello et al. 2020; the gate: Fan et al. 2024).
+
+    Without a gate every slot is kept, with probability one.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, slot_attention: SlotAttention, gate: SlotGate | None, decoder: nn.Module
+    ) -> None:
+        super().__init__()
+        self.encoder, self.slot_attention, self.gate, self.decoder = encoder, slot_attention, gate, decoder
+
+    def forward(
+        self,
+        images: Tensor,
+        slot_noise: Tensor | None = None,
+        gate_noise: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        gated: bool = True,
+    ) -> SlotOutput:
+        """Encodes and decodes.
+
+        Args:
+            images: float [B, 3, H, W] in [-1, 1].
+            slot_noise: standard normal [B, K, D]; a fixed draw where it is not given.
+            gate_noise: standard Gumbel [B, K, 2]; the gate takes its argmax where it is not given.
+            temperature: of the gate's gradient.
+            gated: False keeps every slot, for the first stage of training. The gate still runs, with a gradient of
+                zero: ZeRO-3 would repeat its last one otherwise.
+        """
+        slots = self.slot_attention(self.encoder(images), noise=slot_noise)  # [B, K, D]
+        keep, probability = self._decide(slots, gate_noise, temperature)
+        if not gated:
+            keep = torch.ones_like(keep) + 0.0 * keep
+        pictures, mask_logits = self.decoder(slots)  # [B, K, 3, H, W], [B, K, H, W]
+        masks = masked_mixture(mask_logits, keep)
+        reconstruction = einsum(masks, pictures, "b k h w, b k c h w -> b c h w")
+        return SlotOutput(slots, keep, probability, masks, pictures, reconstruction)
+
+    def _decide(self, slots: Tensor, noise: Tensor | None, temperature: float) -> Gate:
+        if self.gate is None:
+            every = torch.ones(slots.shape[:2], device=slots.device)
+            return Gate(every, every)
+        return self.gate(slots, noise, temperature)
+
+
+def build_autoencoder(
+    *,
+    image_size: int,
+    num_slots: int,
+    slot_dim: int = 64,
+    iterations: int = 3,
+    hidden_dim: int = 128,
+    initial: Initial = "shared",
+    gradient: Gradient = "full",
+    adaptive: bool = True,
+    keep_bias: float = 0.0,
+    encoder_channels: int = 32,
+    encoder_kernel: int = 5,
+    encoder_strides: Sequence[int] = (1, 1, 1, 1),
+    decoder_channels: int = 32,
+    decoder_layers: int = 3,
+    decoder_kernel: int = 5,
+    decoder_output_kernel: int = 3,
+    decoder_patch: int = 1,
+) -> SlotAutoencoder:
+    """Puts an autoencoder together from plain numbers; the defaults are the published Tetrominoes model plus the gate.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    if image_size % decoder_patch:
+        raise ValueError(f"decoder_patch: {decoder_patch} does not divide image_size {image_size}")
+    encoder = ConvEncoder(image_size, encoder_channels, encoder_kernel, encoder_strides)
+    attention = SlotAttention(
+        num_slots,
+        slot_dim,
+        iterations,
+        hidden_dim=hidden_dim,
+        input_dim=encoder.dim,
+        initial=initial,
+        gradient=gradient,
+    )
+    decoder = SpatialBroadcastDecoder(
+        slot_dim,
+        image_size // decoder_patch,
+        decoder_channels,
+        decoder_layers,
+        decoder_kernel,
+        decoder_output_kernel,
+        decoder_patch,
+    )
+    return SlotAutoencoder(encoder, attention, SlotGate(slot_dim, keep_bias=keep_bias) if adaptive else None, decoder)

@@ -1,0 +1,86 @@
+"""Decoders: each slot to a picture and a mask of its own."""
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slot_models.encoders import glorot
+from slot_models.positions import coordinates
+
+
+class SpatialBroadcastDecoder(nn.Module):
+    """Broadcasts each slot over a grid, adds a position code and convolves (Watters et al. 2019).
+
+    With ``patch = 1`` the grid is the image, as published for Tetrominoes and Multi-dSprites; with a larger patch the
+    last layer writes patch x patch pixels for each grid cell.
+
+    The first layer sees a constant plus a position code, and convolution is linear: the position's part is shared by
+    all slots, and the slot's part is constant but at the borders, so a canvas of kernel x kernel cells has every value
+    that it takes. Exact, and it removes most of that layer's arithmetic.
+
+    Args:
+        slot_dim: D.
+        grid: cells a side.
+        channels: width of the hidden layers.
+        layers: number of hidden layers.
+        kernel: odd size of their kernels, at most ``grid``.
+        output_kernel: odd size of the last layer's kernel.
+        patch: pixels a side that one cell becomes.
+
+    Raises:
+        ValueError: a kernel is even or wider than the grid.
+    """
+
+    def __init__(
+        self,
+        slot_dim: int,
+        grid: int,
+        channels: int = 32,
+        layers: int = 3,
+        kernel: int = 5,
+        output_kernel: int = 3,
+        patch: int = 1,
+    ) -> None:
+        super().__init__()
+        for name, size in {"kernel": kernel, "output_kernel": output_kernel}.items():
+            if size % 2 == 0 or size > grid:
+                raise ValueError(f"{name}: {size} is not an odd number up to the grid's {grid}")
+        self.grid, self.patch, self.padding = grid, patch, kernel // 2
+        self.position = nn.Linear(4, slot_dim)
+        # The first layer's kernel is this module's own parameter: forward uses it twice, and ZeRO-3 gathers a
+        # parameter for the module that owns it.
+        self.first_weight = nn.Parameter(torch.empty(channels, slot_dim, kernel, kernel))
+        self.first_bias = nn.Parameter(torch.zeros(channels))
+        hidden: list[nn.Module] = []
+        for _ in range(layers - 1):
+            hidden += [nn.Conv2d(channels, channels, kernel, padding=kernel // 2), nn.ReLU()]
+        self.hidden = nn.Sequential(*hidden)
+        self.output = nn.Conv2d(channels, 4 * patch**2, output_kernel, padding=output_kernel // 2)
+        glorot(self)
+        nn.init.xavier_uniform_(self.first_weight)
+
+        self.coordinates: Tensor
+        self.register_buffer("coordinates", coordinates(grid, grid), persistent=False)
+        # Cell i of the grid takes the value of cell border[i] of the small canvas.
+        self.border: Tensor
+        middle = torch.full((grid - kernel + 1,), self.padding)
+        border = torch.cat([torch.arange(self.padding), middle, torch.arange(self.padding + 1, kernel)])
+        self.register_buffer("border", border, persistent=False)
+
+    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots [B, K, D] -> pictures [B, K, 3, H, W], mask logits [B, K, H, W]."""
+        batch = slots.shape[0]
+        hidden = self._first_layer(rearrange(slots, "b k d -> (b k) d")).relu()  # [BK, C, G, G]
+        hidden = self.hidden(hidden)
+        pixels = functional.pixel_shuffle(self.output(hidden), self.patch)  # [BK, 4, H, W]
+        pixels = rearrange(pixels, "(b k) c h w -> b k c h w", b=batch)
+        return pixels[:, :, :3], pixels[:, :, 3]
+
+    def _first_layer(self, slots: Tensor) -> Tensor:
+        position = rearrange(self.position(self.coordinates), "h w d -> 1 d h w")
+        shared = functional.conv2d(position, self.first_weight, self.first_bias, padding=self.padding)  # [1, C, G, G]
+        kernel = self.first_weight.shape[-1]
+        canvas = repeat(slots, "n d -> n d h w", h=kernel, w=kernel).contiguous(memory_format=torch.channels_last)
+        small = functional.conv2d(canvas, self.first_weight, padding=self.padding)  # [BK, C, kernel, kernel]
+        return small[:, :, self.border][:, :, :, self.border] + shared

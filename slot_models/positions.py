@@ -1,0 +1,14 @@
+"""Position codes of a grid."""
+
+import torch
+from torch import Tensor
+
+
+def coordinates(height: int, width: int) -> Tensor:
+    """The four-way linear ramp of Slot Attention (Locatello et al. 2020, appendix E.2).
+
+    Returns:
+        float32 [height, width, 4]: y, x, 1 - y and 1 - x, each from 0 to 1.
+    """
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    return torch.stack([y, x, 1 - y, 1 - x], dim=-1)  # [H, W, 4]
