@@ -4,10 +4,10 @@ An epoch's shards are permuted, laid end to end, and cut at sample granularity i
 sample. Inside a lane every few shards form a window, and each window is shuffled on its own. Position j of an epoch is
 entry j // lanes of lane j % lanes:
 
-    shards, permuted    | 4 | 1     | 6 | 0 | 5     | 2 | 3     |
-    lanes               |<---- lane 0 ---->|<---- lane 1 ----->|
-    windows (of 2)      |<- 0 ----->|<- 1 >|<- 0 ----->|<- 1 ->|     each shuffled
-    step 0 takes        ^^^                ^^^                       batch / lanes from each lane, lane by lane
+    shards, permuted    |  4  |   1    |  6  |    0     |  5   |  2  |3 |
+    lanes               |------- lane 0 --------|------- lane 1 --------|
+    windows (of 2)      |----- 0 ------|-- 1 ---|----- 0 ------|-- 1 ---|    each shuffled
+    a step takes        ^^^                     ^^^                          batch / lanes from each, lane by lane
 
 Nothing here knows how many workers there are until `rank_slice` cuts the finished batch, so the order cannot depend on
 it. Memory is the epoch's shard permutation and one window per open lane; any step costs the same.
@@ -199,11 +199,11 @@ class Plan:
         """Entries [first, last) of a lane, cut at the windows' ends."""
         lane_begin, _ = _share(self.index.num_samples, self.lanes, lane)
         bounds = self._epoch(epoch).bounds
-        opening = int(np.searchsorted(bounds, lane_begin, side="right")) - 1  # the lane's first shard
+        opening, shards, windows = self._lane_shards(epoch, lane)
         spans = []
         while first < last:
             shard = int(np.searchsorted(bounds, lane_begin + first, side="right")) - 1
-            window = Window(epoch, lane, (shard - opening) // self.window)
+            window = Window(epoch, lane, _part_of(shard - opening, shards, windows))
             begin, end = self._window_bounds(window)
             count = min(last, end - lane_begin) - first
             spans.append(Span(window, lane_begin + first - begin, count))
@@ -214,10 +214,21 @@ class Plan:
         """The positions [begin, end) of the epoch's laid-out samples that a window covers."""
         lane_begin, lane_end = _share(self.index.num_samples, self.lanes, window.lane)
         bounds = self._epoch(window.epoch).bounds
+        opening, shards, windows = self._lane_shards(window.epoch, window.lane)
+        first, last = _share(shards, windows, window.number)
+        return max(lane_begin, int(bounds[opening + first])), min(lane_end, int(bounds[opening + last]))
+
+    def _lane_shards(self, epoch: int, lane: int) -> tuple[int, int, int]:
+        """A lane's first shard in the epoch's permutation, how many it touches, and into how many windows they go.
+
+        The windows are as equal as can be: one odd shard at the end would hardly be shuffled, and could not replace
+        its own bad samples.
+        """
+        lane_begin, lane_end = _share(self.index.num_samples, self.lanes, lane)
+        bounds = self._epoch(epoch).bounds
         opening = int(np.searchsorted(bounds, lane_begin, side="right")) - 1
-        first = opening + window.number * self.window
-        last = min(first + self.window, len(bounds) - 1)
-        return max(lane_begin, int(bounds[first])), min(lane_end, int(bounds[last]))
+        shards = int(np.searchsorted(bounds, lane_end, side="left")) - opening
+        return opening, shards, -(-shards // self.window)
 
     def _samples(self, step: int, begin: int, end: int) -> NDArray[np.int64]:
         parts = [self.order(s.window)[s.first : s.first + s.count] for s in self.spans(step, begin, end)]
@@ -252,3 +263,10 @@ def _share(total: int, parts: int, part: int) -> tuple[int, int]:
     each, rest = divmod(total, parts)
     begin = part * each + min(part, rest)
     return begin, begin + each + (part < rest)
+
+
+def _part_of(thing: int, total: int, parts: int) -> int:
+    """Which part of `_share` a thing lies in."""
+    each, rest = divmod(total, parts)
+    in_larger = rest * (each + 1)
+    return thing // (each + 1) if thing < in_larger else rest + (thing - in_larger) // each

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _FORMATS = ("png", "jpg", "jpeg", "webp")
 IMAGE_MEMBERS = tuple(f"image.{format}" for format in _FORMATS) + _FORMATS
@@ -102,6 +102,8 @@ def _decoded(name: str, data: bytes, codec: Any) -> Any:
         return codec(data)
     except MemoryError:  # says something about this machine, not about the bytes
         raise
+    except UnidentifiedImageError:
+        raise BadSample(f"{name} cannot be decoded (no image format that is known)") from None
     except Exception as error:  # Pillow raises whatever its codecs stumble over: the bytes are at fault
         raise BadSample(f"{name} cannot be decoded ({type(error).__name__}: {error})") from error
 

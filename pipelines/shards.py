@@ -37,7 +37,7 @@ class Sidecar:
 
     Fields:
         shard: the entry that goes into the index.
-        size: (height, width) of the first image.
+        size: (height, width) of the first readable image.
         offsets: `samples` + 1 byte positions: where each sample begins, and where the last one ends.
         source: what the shard was made from; a shard is kept only where this is equal.
     """
@@ -64,7 +64,7 @@ def write_shard(
 
     Raises:
         ValueError: no samples, a key that is not new, or the name does not end in .tar.
-        DataError: the first sample cannot be decoded.
+        DataError: no sample can be decoded.
     """
     from webdataset.writer import TarWriter
 
@@ -144,7 +144,7 @@ def index_folder(folder: Path | str, about: Mapping[str, Any] | None = None) -> 
     """Index an existing folder of WebDataset tars (*.tar, in natural order): sidecars and index.json beside them.
 
     Raises:
-        DataError: there is no tar, or one is truncated, empty, or begins with a sample that cannot be decoded.
+        DataError: there is no tar, or one is truncated, damaged or without a sample that can be decoded.
     """
     folder = Path(folder)
     tars = sorted(folder.glob("*.tar"), key=lambda path: natural(path.name))
@@ -218,21 +218,19 @@ def scan(path: Path, name: str, source: Mapping[str, Any] | None = None) -> Side
         source: recorded as it is.
 
     Raises:
-        DataError: it is truncated, damaged or empty, or its first sample cannot be decoded.
+        DataError: it is truncated or damaged, or no sample in it can be decoded.
     """
     try:
         with tarfile.open(path, "r:") as tar:
             groups, end = _groups(tar)
-            if not groups:
-                raise DataError(f"{name}: no samples in it; leave it out of the set")
-            first = decode(_members(tar, groups[0]), with_masks=False)
-    except BadSample as error:
-        raise DataError(f"{name}: {groups[0].key}: {error}; repair or remove the sample") from error
+            size = next((size for group in groups if (size := _image_size(tar, group))), None)
     except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{name}: not a whole WebDataset tar ({error}); copy or make it again") from error
+    if size is None:
+        raise DataError(f"{name}: none of its {len(groups)} samples has a readable image; leave it out of the set")
     return Sidecar(
         shard=Shard(name, path.stat().st_size, sha256_of(path), len(groups)),
-        size=(first.image.shape[0], first.image.shape[1]),
+        size=size,
         offsets=(*(group.offset for group in groups), end),
         source=json.loads(json.dumps(source or {})),
     )
@@ -347,6 +345,14 @@ def _members(tar: tarfile.TarFile, group: _Group) -> dict[str, bytes]:
         assert content is not None  # regular files only, see _groups
         members[name] = content.read()
     return members
+
+
+def _image_size(tar: tarfile.TarFile, group: _Group) -> tuple[int, int] | None:
+    try:
+        height, width, _ = decode(_members(tar, group), with_masks=False).image.shape
+    except BadSample:  # the stream counts it, verify names it
+        return None
+    return height, width
 
 
 def _shard(entry: Mapping[str, Any]) -> Shard:

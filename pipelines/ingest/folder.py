@@ -119,7 +119,7 @@ def _evenly_spaced(count: int, share: float) -> NDArray[np.bool_]:
     """Which of `count` things to hold out, bool [count]."""
     chosen = np.zeros(count, dtype=np.bool_)
     number = max(1, round(count * share)) if share else 0
-    chosen[(np.arange(number) + 0.5) * count // max(number, 1)] = True
+    chosen[(2 * np.arange(number) + 1) * count // max(2 * number, 1)] = True  # the middles of equal parts
     return chosen
 
 

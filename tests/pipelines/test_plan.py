@@ -94,6 +94,18 @@ def test_a_lane_is_read_window_by_window(plan: Plan, epoch: int) -> None:
     assert all(piece.first < piece.last for piece in pieces)
 
 
+@given(plan=plans(), epoch=st.integers(0, 5))
+def test_the_windows_of_a_lane_are_as_few_and_as_equal_as_can_be(plan: Plan, epoch: int) -> None:
+    windows: dict[int, dict[int, int]] = {}
+    for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+        for span in plan.spans(step, 0, plan.size(step)):
+            windows.setdefault(span.window.lane, {})[span.window.number] = len(plan.pieces(span.window))
+    for sizes in windows.values():
+        assert sorted(sizes) == list(range(len(sizes)))
+        assert max(sizes.values()) - min(sizes.values()) <= 1
+        assert len(sizes) == -(-sum(sizes.values()) // plan.window)
+
+
 @given(plan=plans(), world=WORLDS, data=st.data())
 def test_a_rank_opens_few_lanes(plan: Plan, world: int, data: st.DataObject) -> None:
     step = data.draw(st.integers(0, 3 * plan.steps_per_epoch))
