@@ -1,6 +1,7 @@
-"""Renderers: pure functions from (seed, shard, row) to scenes with masks and factors. numpy only."""
+"""Scenes rendered here: pure functions from (seed, shard, row) to images with masks and factors."""
 
-from pipelines.scenes.scenes import Scenes
+from pipelines.scenes.render import render_shard
+from pipelines.scenes.scenes import Renderer, Scenes
 from pipelines.scenes.tetrominoes import Tetrominoes
 
-__all__ = ["Scenes", "Tetrominoes"]
+__all__ = ["Renderer", "Scenes", "Tetrominoes", "render_shard"]

@@ -169,7 +169,7 @@ def test_any_step_costs_the_same_in_a_set_of_a_billion() -> None:
             plan.batch(step)
             times.append(time.perf_counter() - start)
         fastest[step] = min(times)
-    assert max(fastest.values()) < 8 * min(fastest.values())  # reading through to the step would be a million times
+    assert max(fastest.values()) < 30 * min(fastest.values())  # reading through to the step would be a million times
 
 
 def test_memory_is_shards_plus_open_windows_in_a_set_of_a_billion() -> None:
@@ -235,7 +235,7 @@ def test_shard_names_do_not_lead_out_of_the_folder(name: str) -> None:
 def test_an_index_refuses_what_is_no_set() -> None:
     with pytest.raises(ValueError, match="empty"):
         Index(())
-    with pytest.raises(ValueError, match="'a.tar' is listed twice"):
+    with pytest.raises(ValueError, match=r"'a\.tar' is listed twice"):
         Index((Shard("a.tar", 1, "", 1), Shard("a.tar", 1, "", 2)))
     with pytest.raises(ValueError, match="0 samples"):
         index_from_counts([2, 0])

@@ -65,6 +65,11 @@ def handed_out(plan: Plan, folder: Path, steps: range, world: int, **changes) ->
             stream.close()
 
 
+def read_epochs(stream: Stream, plan: Plan, epochs: int = 1) -> None:
+    for step in range(epochs * plan.steps_per_epoch):
+        stream.step(step)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 11])
 def test_pictures_come_in_the_order_of_the_plan(folder: Path, world: int) -> None:
     plan = plan_of(folder)
@@ -179,7 +184,7 @@ def test_a_bad_sample_is_replaced_alike_in_every_world(
     tmp_path: Path, make_set: MakeSet, fault: dict[str, bytes | None], world: int
 ) -> None:
     bad = {2, 9, 10, 11, 30}
-    make_set(tmp_path, COUNTS, {number: fault for number in bad})
+    make_set(tmp_path, COUNTS, dict.fromkeys(bad, fault))
     plan = plan_of(tmp_path)
     steps = range(2 * plan.steps_per_epoch)
     read = handed_out(plan, tmp_path, steps, world, with_masks=True)
@@ -213,8 +218,7 @@ def test_bad_samples_are_counted_and_logged_once(
     (tmp_path / "003.tar").unlink()
     plan = plan_of(tmp_path)
     with caplog.at_level(logging.WARNING), open_stream(plan, tmp_path) as stream:
-        for step in range(3 * plan.steps_per_epoch):
-            stream.step(step)
+        read_epochs(stream, plan, 3)
         assert set(stream.bad) == {2, 9, 20, 21, 22}
         assert "cannot be decoded" in stream.bad[2] and "not there" in stream.bad[21]
     lines = [record.getMessage() for record in caplog.records]
@@ -225,30 +229,28 @@ def test_bad_samples_are_counted_and_logged_once(
 
 
 def test_too_many_bad_samples_stop_the_run_and_name_the_worst_shard(tmp_path: Path, make_set: MakeSet) -> None:
-    bad = {1: BROKEN} | {number: BROKEN for number in range(8, 14)}
+    bad = {1: BROKEN} | dict.fromkeys(range(8, 14), BROKEN)
     make_set(tmp_path, COUNTS, bad)
     plan = plan_of(tmp_path, lanes=1, window=6)
     with open_stream(plan, tmp_path, bad_limit=7) as stream:
-        for step in range(plan.steps_per_epoch):
-            stream.step(step)
+        read_epochs(stream, plan)
     with open_stream(plan, tmp_path, bad_limit=6) as stream:
         with pytest.raises(DataError, match=r"7 of 37, .* limit of 6; most in 002\.tar \([56]\)"):
-            for step in range(plan.steps_per_epoch):
-                stream.step(step)
+            read_epochs(stream, plan)
         with pytest.raises(DataError, match="limit of 6"):  # trying again does not get by
             stream.step(0)
 
 
 def test_the_default_limit_is_ten_in_a_small_set(tmp_path: Path, make_set: MakeSet) -> None:
     for bad, stops in ((10, False), (11, True)):
-        make_set(tmp_path, [37], {number: BROKEN for number in range(bad)})
+        make_set(tmp_path, [37], dict.fromkeys(range(bad), BROKEN))
         plan = plan_of(tmp_path, lanes=1)
         with open_stream(plan, tmp_path) as stream:
             if stops:
                 with pytest.raises(DataError, match="11 of 37, more than the limit of 10"):
-                    [stream.step(step) for step in range(plan.steps_per_epoch)]
+                    read_epochs(stream, plan)
             else:
-                [stream.step(step) for step in range(plan.steps_per_epoch)]
+                read_epochs(stream, plan)
                 assert len(stream.bad) == 10
 
 
@@ -257,8 +259,7 @@ def test_a_window_without_a_good_sample_stops_the_run(tmp_path: Path, make_set: 
     (tmp_path / "000.tar").unlink()
     plan = plan_of(tmp_path, batch_size=1, lanes=1, window=1)
     with open_stream(plan, tmp_path) as stream, pytest.raises(DataError, match=r"no good sample in 000\.tar"):
-        for step in range(plan.steps_per_epoch):
-            stream.step(step)
+        read_epochs(stream, plan)
 
 
 @pytest.mark.parametrize("lost", ["removed", "torn", "of another shard"])
@@ -278,8 +279,7 @@ def test_offsets_that_lie_stop_the_run(folder: Path) -> None:
     for path in folder.glob("*.offsets.json"):
         path.write_text(path.read_text().replace('"offsets":[0,', '"offsets":[512,'))
     with open_stream(plan, folder) as stream, pytest.raises(DataError, match="index the folder again"):
-        for step in range(plan.steps_per_epoch):
-            stream.step(step)
+        read_epochs(stream, plan)
 
 
 def test_a_shard_that_cannot_be_read_now_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,8 +294,7 @@ def test_a_shard_that_cannot_be_read_now_stops_the_run(folder: Path, monkeypatch
     plan = plan_of(folder)
     monkeypatch.setattr(Path, "open", failing)
     with open_stream(plan, folder) as stream, pytest.raises(DataError, match=r"002\.tar: cannot be read .*output"):
-        for step in range(plan.steps_per_epoch):
-            stream.step(step)
+        read_epochs(stream, plan)
     assert stream.bad == {}
 
 
@@ -321,8 +320,7 @@ def test_the_ledger_marks_what_was_replaced(tmp_path: Path, make_set: MakeSet) -
     plan = plan_of(tmp_path)
     lines: list[tuple[int, ...]] = []
     with open_stream(plan, tmp_path, ledger=lambda *line: lines.append(line)) as stream:
-        for step in range(plan.steps_per_epoch):
-            stream.step(step)
+        read_epochs(stream, plan)
     assert len(lines) == 37
     marked = [line for line in lines if line[4] != -1]
     assert [line[4] for line in marked] == [9]

@@ -133,5 +133,5 @@ def test_impossible_scenes_are_refused(fields: dict, message: str) -> None:  # t
 
 
 def test_a_crowded_grid_says_so() -> None:
-    with pytest.raises(ValueError, match="pieces: 11 pieces do not always fit grid: 7 .*larger grid"):
+    with pytest.raises(ValueError, match=r"pieces: 11 pieces do not always fit grid: 7 .*larger grid"):
         Tetrominoes((11, 11)).render(0, 0, 50)
