@@ -156,9 +156,7 @@ class Saver:
         """
         self.wait()
         tensors = {
-            f"{kind}/{name}": value
-            for name, state in engine.named_state(owned=True)
-            for kind, value in state.items()
+            f"{kind}/{name}": value for name, state in engine.named_state(owned=True) for kind, value in state.items()
         }
         path = self._folder / f"{steps:09d}-{self._token}"
         self._thread = threading.Thread(

@@ -24,6 +24,9 @@ class Engine(Protocol):
     device: torch.device
 
     def __call__(self, *inputs: Any, **options: Any) -> Any: ...
+    def evaluate(self, *inputs: Any) -> Any:
+        """A forward pass without gradient, in evaluation mode."""
+
     def backward(self, loss: Tensor, share: Tensor) -> None:
         """Adds the gradient of sum(share * loss): loss [m] per sample, share [m] of the global batch, 0 for padding."""
 
@@ -67,6 +70,9 @@ class PlainEngine:
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         with _autocast(self.device, self.precision):
             return self.module(*inputs, **options)
+
+    def evaluate(self, *inputs: Any) -> Any:
+        return _evaluate(self, self.module, inputs)
 
     def backward(self, loss: Tensor, share: Tensor) -> None:
         torch.autograd.backward((share * loss).sum())
@@ -136,6 +142,9 @@ class DeepSpeedEngine:
         with _autocast(self.device, self.precision):
             return self.deepspeed(*inputs, **options)
 
+    def evaluate(self, *inputs: Any) -> Any:
+        return _evaluate(self, self.deepspeed, inputs)
+
     def backward(self, loss: Tensor, share: Tensor) -> None:
         # DeepSpeed divides the loss by the micro batches and the gradient by the world size.
         self.deepspeed.backward((share * loss).sum() * (self.world * self.micro_batches))
@@ -174,7 +183,9 @@ class DeepSpeedEngine:
             return
         # Adam makes its state at the first step: make it here, then fill it.
         partitions = (
-            optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else optimizer.single_partition_of_fp32_groups
+            optimizer.fp32_partitioned_groups_flat
+            if self.zero_stage == 3
+            else optimizer.single_partition_of_fp32_groups
         )
         for partition in partitions:
             optimizer.optimizer.state[partition] = {
@@ -204,6 +215,15 @@ class DeepSpeedEngine:
         total = values.to(self.device, copy=True)
         torch.distributed.all_reduce(total)
         return total.to(values.device)
+
+
+@torch.no_grad()
+def _evaluate(engine: Engine, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    module.eval()
+    try:
+        return engine(*inputs)
+    finally:
+        module.train()
 
 
 def _import_deepspeed(device: str) -> Any:

@@ -124,7 +124,9 @@ class ParallelSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO: what is sharded over the workers")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights and gradients stay fp32")
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    max_failures: int = Field(3, ge=0, description="worker failures in a row without a new checkpoint, before giving up")
+    max_failures: int = Field(
+        3, ge=0, description="worker failures in a row without a new checkpoint, before giving up"
+    )
 
 
 class TrackingSection(Section):
@@ -218,7 +220,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = _find(name)
     try:
-        fields = yaml.load(path.read_text(), Loader=_Loader) or {}
+        fields = yaml.load(path.read_text(), Loader=_Loader) or {}  # noqa: S506 a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: this is not YAML ({_one_line(str(error))}); correct the file") from error
     if not isinstance(fields, dict):
@@ -258,7 +260,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: 1e-3 is a number here, as people write it."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
@@ -292,7 +294,7 @@ def _apply(fields: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {parent} is {inner!r}, not a section; name a field that exists")
         fields = inner
     try:
-        fields[leaf] = yaml.load(text, Loader=_Loader)
+        fields[leaf] = yaml.load(text, Loader=_Loader)  # noqa: S506 a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value {text!r} is not YAML; put it in quotes") from error
 
@@ -309,7 +311,8 @@ def _sentence(problem: Any) -> str:
         return f"{path}: the field is missing; add it"
     if problem["type"] == "value_error":  # ours: already with value and cure
         sentence = message.removeprefix("Value error, ")
-        return f"{path}.{sentence}" if path else sentence
+        names_a_field = sentence.partition(":")[0] in _fields_at(problem["loc"])
+        return f"{path}.{sentence}" if path and names_a_field else f"{path or 'recipe'}: {sentence}"
     expected = message.removeprefix("Input should be ")
     return f"{path}: {value!r} is not valid; it should be {expected}"
 

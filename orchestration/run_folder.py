@@ -1,6 +1,5 @@
 """A run's folder: who the run is, and who may write it."""
 
-import contextlib
 import json
 import os
 import socket
@@ -75,14 +74,16 @@ class RunFolder:
                 f"take its values, give a name of your own (--set name=...), or start anew with --fresh"
             )
 
-    def archive(self) -> Path | None:
-        """Puts a run aside, under the next free name, so that its name can start anew."""
-        if not self.path.exists():
-            return None
+    def put_aside(self) -> Path:
+        """Moves everything but the leases to a folder of its own, under the next free name, so that the run can
+        start anew. Only the driver with the lease does."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}~{number}")).exists():
             number += 1
-        self.path.rename(aside)
+        aside.mkdir()
+        for path in self.path.iterdir():
+            if path.name != "leases":
+                path.rename(aside / path.name)
         return aside
 
 
@@ -134,16 +135,14 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._heart.join()
-        if self._path(self.number).exists():  # not if the run was put aside
-            write_json(self._path(self.number), {"released": True})
+        write_json(self._path(self.number), {"released": True})
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06d}.json"
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(FileNotFoundError):  # put aside
-                os.utime(self._path(self.number))
+            os.utime(self._path(self.number))
 
     def _living_holder(self, number: int) -> dict[str, Any] | None:
         path = self._path(number)

@@ -5,7 +5,7 @@ should happen after a step. What it is not given it does without, so the same lo
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,12 +18,18 @@ from slot_models import SlotOutput
 class Micro(Protocol):
     """m samples of this rank; see pipelines.stream.MicroBatch."""
 
-    images: Tensor
-    weight: Tensor
-    slot_noise: Tensor | None
-    gate_noise: Tensor | None
-    num_objects: Tensor
-
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def slot_noise(self) -> Tensor | None: ...
+    @property
+    def gate_noise(self) -> Tensor | None: ...
+    @property
+    def num_objects(self) -> Tensor: ...
+    @property
+    def masks(self) -> Tensor | None: ...
     def to(self, device: torch.device) -> "Micro": ...
 
 
@@ -33,7 +39,7 @@ class Batches(Protocol):
     waited: float
 
     def batch_size(self, step: int) -> int: ...
-    def step(self, step: int) -> Iterable[Any]: ...
+    def step(self, step: int) -> Sequence[Micro]: ...
 
 
 class Schedule(Protocol):

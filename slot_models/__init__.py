@@ -7,6 +7,7 @@ is a function of its arguments.
 from slot_models.adaptive import AdaptiveSlotWrapper, SlotGate, masked_mixture
 from slot_models.attention import SlotAttention
 from slot_models.autoencoder import SlotAutoencoder, SlotOutput, build_autoencoder
+from slot_models.counts import SlotCounts, count_confusion
 from slot_models.decoders import SpatialBroadcastDecoder
 from slot_models.encoders import ConvEncoder
 from slot_models.metrics import adjusted_rand_index, foreground_ari
@@ -16,11 +17,13 @@ __all__ = [
     "ConvEncoder",
     "SlotAttention",
     "SlotAutoencoder",
+    "SlotCounts",
     "SlotGate",
     "SlotOutput",
     "SpatialBroadcastDecoder",
     "adjusted_rand_index",
     "build_autoencoder",
+    "count_confusion",
     "foreground_ari",
     "masked_mixture",
 ]

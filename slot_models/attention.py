@@ -151,7 +151,8 @@ class SlotAttention(nn.Module):
         updates = pooled @ self.to_value.T  # [B, K, D]
         batch = slots.shape[0]
         slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).unflatten(0, (batch, -1))
-        return slots + self.mlp(slots)
+        refined: Tensor = slots + self.mlp(slots)
+        return refined
 
 
 def fixed_noise(num_slots: int, dim: int, seed: int = 0) -> Tensor:

@@ -76,7 +76,8 @@ class SlotAutoencoder(nn.Module):
         if self.gate is None:
             every = torch.ones(slots.shape[:2], device=slots.device)
             return Gate(every, every)
-        return self.gate(slots, noise, temperature)
+        gate: Gate = self.gate(slots, noise, temperature)
+        return gate
 
 
 def build_autoencoder(

@@ -47,7 +47,9 @@ class ConvEncoder(nn.Module):
         """images [B, 3, H, W] in [-1, 1] -> features [B, N, C], N positions in row order."""
         features = self.convolutions(images.contiguous(memory_format=torch.channels_last))
         features = rearrange(features, "b c h w -> b h w c") + self.position(self.coordinates)
-        return self.mlp(self.norm(rearrange(features, "b h w c -> b (h w) c")))
+        normed = self.norm(rearrange(features, "b h w c -> b (h w) c"))
+        positions: Tensor = self.mlp(normed)  # [B, N, C]
+        return positions
 
 
 def glorot(module: nn.Module) -> None:
@@ -55,4 +57,5 @@ def glorot(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)

@@ -1,0 +1,67 @@
+"""The Ray that a run uses: the cluster it was submitted to, or one started here for as long as it lasts."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orchestration.recipe import Recipe, state_home
+
+
+@contextmanager
+def ray_cluster(recipe: Recipe) -> Iterator[None]:
+    """Connects to the cluster of $RAY_ADDRESS (set in every submitted job), or starts Ray on this machine.
+
+    A Ray that is started here demands a token, kept in a file that only its owner can read.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file(state_home() / "ray-token"))
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, recipe.parallel.workers.max),
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=256 * 2**20,  # shards are read from files; Ray carries next to nothing
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def token_file(path: Path) -> Path:
+    """The file of a Ray token, made if it is not there, readable by its owner alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def cpus_per_worker(recipe: Recipe) -> int:
+    """An equal part of the cluster's cores for each worker, at least one."""
+    return max(1, int(_resources().get("CPU", 1)) // recipe.parallel.workers.max)
+
+
+def use_gpu(recipe: Recipe) -> bool:
+    """The recipe's device; auto is a GPU where the cluster has any now."""
+    device = recipe.parallel.device
+    return device == "gpu" or (device == "auto" and _resources().get("GPU", 0) > 0)
+
+
+def _resources() -> dict[str, float]:
+    import ray
+
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]

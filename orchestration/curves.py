@@ -1,0 +1,82 @@
+"""A run's curves: reports of steps become points, which travel in checkpoints."""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from orchestration.checkpoints import Points
+from orchestration.engine import Engine
+from orchestration.worker import StepReport, curve_names
+
+
+class DivergedError(Exception):
+    """The loss is not a finite number any more."""
+
+
+class Curves:
+    """Collects the points of one rank's steps until a checkpoint takes them.
+
+    Nothing is synchronised when a step is recorded; ``take`` adds up over the ranks, once for all steps.
+
+    Args:
+        every: steps between points; the step counts from 1, as steps done.
+        num_slots: of the model.
+        now: the time in seconds since the epoch.
+    """
+
+    def __init__(self, engine: Engine, every: int, num_slots: int, now: Callable[[], float] = time.time) -> None:
+        self._engine, self._every, self._now = engine, every, now
+        self._names = curve_names(num_slots)
+        self._reports: list[tuple[StepReport, int, float]] = []
+        self._points: Points = []
+
+    def record(self, report: StepReport) -> None:
+        """A hook of the training loop."""
+        wanted = report.done % self._every == 0
+        norm = self._engine.gradient_norm() if wanted else math.nan
+        self._reports.append((report, int(self._now() * 1000), norm))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Points of something else, such as an evaluation."""
+        when = int(self._now() * 1000)
+        self._points += [(name, value, when, step) for name, value in values.items()]
+
+    def take(self) -> Points:
+        """All points since the last call, in the order of their steps. All ranks call it together.
+
+        Raises:
+            DivergedError: a loss is not finite; names the step.
+        """
+        if self._reports:
+            means = self._engine.sum(torch.stack([report.means for report, _, _ in self._reports]))  # [steps, M]
+            for (report, when, norm), values in zip(self._reports, means.tolist(), strict=True):
+                self._check(report, values[0])
+                if report.done % self._every == 0:
+                    values_by_name = dict(zip(self._names, values, strict=True)) | self._host_values(report, norm)
+                    self._points += [
+                        (name, v, when, report.done) for name, v in values_by_name.items() if math.isfinite(v)
+                    ]
+        taken = sorted(self._points, key=lambda point: point[3])
+        self._points, self._reports = [], []
+        return taken
+
+    def _host_values(self, report: StepReport, norm: float) -> dict[str, float]:
+        return {
+            "train/learning_rate": report.learning_rate,
+            "train/keep_weight": report.keep_weight,
+            "train/gradient_norm": norm,
+            "train/world_size": float(self._engine.world),
+            "time/step": report.seconds,
+            "time/data_wait": report.waited,
+            "throughput/images_per_second": report.batch_size / report.seconds,
+        }
+
+    @staticmethod
+    def _check(report: StepReport, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"loss/total: {loss} at step {report.done}; lower train.learning_rate or set train.clip_norm. "
+                "The last checkpoint is from before it"
+            )

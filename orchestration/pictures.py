@@ -1,0 +1,81 @@
+"""Pictures that explain a model: scenes with their slots, and counts."""
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slot_models import SlotCounts, SlotOutput
+
+CELL = 1.1  # inches
+
+
+def scene_figure(images: NDArray[np.uint8], output: SlotOutput) -> Figure:
+    """A row for each image: input, reconstruction, masks, and each slot's picture with kept slots framed.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        output: of these images, on the CPU.
+    """
+    count, slots = output.keep.shape
+    columns = 3 + slots
+    figure = Figure(figsize=(columns * CELL, count * CELL + 0.3), layout="constrained", dpi=150)
+    axes = figure.subplots(count, columns, squeeze=False)
+    masks, pictures = output.masks.numpy(), _pixels(output.pictures)  # [N, K, H, W], [N, K, H, W, 3]
+    for row, image in enumerate(images):
+        shown = [image, _pixels(output.reconstruction)[row], overlay(image, masks[row])]
+        # a slot's share of the scene: its picture where its mask is, white elsewhere
+        shown += [pictures[row, k] * masks[row, k, ..., None] + 1 - masks[row, k, ..., None] for k in range(slots)]
+        for column, (axis, picture) in enumerate(zip(axes[row], shown, strict=True)):
+            axis.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            if column >= 3:
+                _mark(axis, kept=bool(output.keep[row, column - 3] > 0.5), slot=column - 3)
+    for axis, title in zip(
+        axes[0], ["input", "drawn back", "masks", *(f"slot {k}" for k in range(slots))], strict=True
+    ):
+        axis.set_title(title, fontsize=8)
+    return figure
+
+
+def overlay(image: NDArray[np.uint8], masks: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The image, greyed, under each slot's colour. image [H, W, 3], masks [K, H, W] -> [H, W, 3] in 0..1."""
+    colours = mpl.colormaps["tab10"](np.arange(len(masks)) % 10)[:, :3]  # [K, 3]
+    painted = np.einsum("khw,kc->hwc", masks, colours)
+    grey = image.mean(axis=2, keepdims=True) / 255
+    mixed: NDArray[np.float64] = np.clip(0.25 * grey + 0.75 * painted, 0, 1)
+    return mixed
+
+
+def confusion_figure(counts: SlotCounts) -> Figure:
+    """Heat map of kept slots against objects; a gate that is always right draws a diagonal."""
+    confusion = counts.confusion.numpy()
+    figure = Figure(figsize=(4, 4), layout="constrained", dpi=150)
+    axis = figure.subplots()
+    axis.imshow(confusion, origin="lower", cmap="Blues")
+    for (kept, objects), number in np.ndenumerate(confusion):
+        if number:
+            colour = "white" if number > confusion.max() / 2 else "black"
+            axis.text(objects, kept, f"{number:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axis.set(
+        xlabel="objects in the scene",
+        ylabel="kept slots",
+        xticks=range(confusion.shape[1]),
+        yticks=range(confusion.shape[0]),
+    )
+    return figure
+
+
+def _mark(axis: "mpl.axes.Axes", kept: bool, slot: int) -> None:
+    colour = mpl.colormaps["tab10"](slot % 10) if kept else "lightgrey"
+    for spine in axis.spines.values():
+        spine.set(color=colour, linewidth=3 if kept else 0.5)
+    if not kept:
+        axis.set_xlabel("dropped", fontsize=6, color="grey", labelpad=1)
+
+
+def _pixels(images: Tensor) -> NDArray[np.float32]:
+    """[..., 3, H, W] in [-1, 1] -> [..., H, W, 3] in 0..1."""
+    pixels: NDArray[np.float32] = np.moveaxis(((images.clamp(-1, 1) + 1) / 2).numpy(), -3, -1)
+    return pixels

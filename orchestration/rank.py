@@ -1,0 +1,220 @@
+"""One rank of a run: puts the training loop's parts together, under Ray Train or on its own."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestration.checkpoints import DamagedCheckpointError, Saver, new_token, newest_valid, restore
+from orchestration.curves import Curves, DivergedError
+from orchestration.engine import DeepSpeedEngine, Engine, PlainEngine
+from orchestration.evaluate import evaluate
+from orchestration.files import write_bytes, write_json
+from orchestration.recipe import Recipe, parse_recipe
+from orchestration.run_folder import LeaseLostError, RunFolder, check_lease
+from orchestration.schedule import Schedule
+from orchestration.worker import Hook, StepReport, train
+from pipelines import DataError, Index, Plan, Purpose, micro_batches, read_index
+from pipelines.noise import generator
+from pipelines.stream import Stream
+from slot_models import SlotAutoencoder, build_autoencoder
+
+LIVE_SECONDS = 0.5
+FINAL_ERRORS = (DivergedError, DataError, DamagedCheckpointError, LeaseLostError)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The folders of a run's shards."""
+
+    train: Path
+    eval: Path
+
+
+def build_model(recipe: Recipe) -> SlotAutoencoder:
+    """The recipe's model, initialised from its seed."""
+    words = generator(recipe.seed, Purpose.WEIGHTS).integers(2**63)
+    with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator alone
+        torch.manual_seed(int(words))
+        return build_autoencoder(**recipe.model.model_dump())
+
+
+def training_stream(recipe: Recipe, folder: Path, rank: int = 0, world: int = 1, **options: Any) -> Stream:
+    """A rank's part of the training set, with the noise of slots and gate."""
+    noise: dict[str, tuple[int, ...]] = {"slots": (recipe.model.num_slots, recipe.model.slot_dim)}
+    if recipe.model.adaptive:
+        noise["gate"] = (recipe.model.num_slots, 2)
+    return Stream(
+        _plan(recipe, read_index(folder), recipe.train.batch_size),
+        folder,
+        rank=rank,
+        world=world,
+        micro_batch=recipe.train.micro_batch,
+        seed=recipe.seed,
+        noise=noise,
+        bad_limit=recipe.data.bad_samples,
+        **options,
+    )
+
+
+def evaluation_batches(recipe: Recipe, folder: Path, rank: int = 0, world: int = 1) -> tuple[Stream, int]:
+    """A rank's part of the held-out set, and the number of steps that cover it once."""
+    index = read_index(folder)
+    plan = _plan(recipe, index, min(recipe.evaluate.batch_size, index.num_samples))
+    stream = Stream(
+        plan,
+        folder,
+        rank=rank,
+        world=world,
+        micro_batch=recipe.train.micro_batch,
+        seed=recipe.seed,
+        noise={},
+        with_masks=bool(index.about.get("masks")),
+        bad_limit=recipe.data.bad_samples,
+    )
+    return stream, plan.steps_per_epoch
+
+
+def train_bare(recipe: Recipe, data: Data, hooks: tuple[Hook, ...] = (), device: str = "cpu") -> SlotAutoencoder:
+    """The same loop without Ray, DeepSpeed, MLflow and checkpoints: the baseline of what the service costs."""
+    model = build_model(recipe)
+    engine = PlainEngine(
+        model,
+        micro_batches=micro_batches(recipe.train.batch_size, 1, recipe.train.micro_batch)[0],
+        clip_norm=recipe.train.clip_norm,
+        precision=recipe.parallel.precision,
+        device=device,
+    )
+    with training_stream(recipe, data.train) as stream:
+        background = recipe.evaluate.background_slots
+        train(engine, stream, Schedule(recipe.train), background_slots=background, hooks=hooks)
+    return model
+
+
+def train_rank(config: Mapping[str, Any]) -> None:
+    """What every Ray Train worker runs. A restart, at any world size, comes here too: the run folder knows the rest.
+
+    An error that a restart would only repeat is noted in the run folder, where the driver sees it and stops.
+    """
+    try:
+        _train_rank(config)
+    except FINAL_ERRORS as error:
+        failure = {"error": type(error).__name__, "message": str(error)}
+        write_json(Path(config["folder"]) / "failure.json", failure)
+        raise
+
+
+def _train_rank(config: Mapping[str, Any]) -> None:
+    import ray.train
+
+    context = ray.train.get_context()
+    recipe = parse_recipe(json.loads(config["recipe"]))
+    folder = RunFolder(Path(config["folder"]))
+    data = Data(Path(config["train"]), Path(config["eval"]))
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = f"cuda:{torch.cuda.current_device()}" if config["gpu"] else "cpu"
+    _log_to(folder.logs / f"rank-{rank}.log")
+    if device == "cpu":
+        torch.set_num_threads(config["threads"])
+
+    checkpoint, token = _agree(lambda: (newest_valid(folder.checkpoints), new_token()), rank)
+    model = build_model(recipe)
+    moments = restore(checkpoint, model) if checkpoint else None
+    start = checkpoint.steps if checkpoint else 0
+    engine = DeepSpeedEngine(
+        model,
+        micro_batches=micro_batches(recipe.train.batch_size, world, recipe.train.micro_batch)[0],
+        zero_stage=recipe.parallel.zero_stage,
+        clip_norm=recipe.train.clip_norm,
+        precision=recipe.parallel.precision,
+        device=device,
+    )
+    if moments is not None:
+        engine.load_moments(moments, start)
+
+    curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots)
+    saver = Saver(folder.checkpoints, token, rank, world, allowed=lambda: check_lease(folder, config["lease"]))
+    held_out, evaluation_steps = evaluation_batches(recipe, data.eval, rank, world)
+
+    def evaluate_held_out(report: StepReport) -> None:
+        if report.done % recipe.evaluate.every and report.done != recipe.train.steps:
+            return
+        evaluation = evaluate(
+            engine.evaluate,
+            (micro for step in range(evaluation_steps) for micro in held_out.step(step)),
+            num_slots=recipe.model.num_slots,
+            background_slots=recipe.evaluate.background_slots,
+            device=engine.device,
+            total=engine.sum,
+        )
+        held_out.close()
+        curves.add({f"eval/{name}": value for name, value in evaluation.metrics().items()}, report.done)
+
+    def save(report: StepReport) -> None:
+        if report.done % recipe.train.checkpoint_every and report.done != recipe.train.steps:
+            return
+        points = curves.take()  # raises if the loss has diverged: such a state is never saved
+        saver.save(report.done, engine, points, {"steps": report.done, "recipe": recipe.digest(), "world": world})
+        ray.train.report({"step": report.done})
+
+    hooks: list[Hook] = [curves.record, evaluate_held_out, save]
+    if rank == 0:
+        hooks.append(live_values(folder.live, recipe))
+    with training_stream(recipe, data.train, rank, world) as stream:
+        background = recipe.evaluate.background_slots
+        train(engine, stream, Schedule(recipe.train), start=start, background_slots=background, hooks=hooks)
+    saver.wait()
+
+
+def live_values(path: Path, recipe: Recipe) -> Hook:
+    """A hook that shows the newest step's values to the driver, twice a second at most."""
+    last = 0.0
+
+    def show(report: StepReport) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LIVE_SECONDS and report.done != recipe.train.steps:
+            return
+        last = now
+        values = {
+            "step": report.done,
+            "loss": float(report.means[0]),
+            "kept": float(report.means[3]),
+            "images_per_second": report.batch_size / report.seconds,
+        }
+        write_bytes(path, json.dumps(values).encode())
+
+    return show
+
+
+def _agree(decide: Callable[[], Any], rank: int) -> Any:
+    """Rank 0 decides, all ranks know."""
+    decision = [decide() if rank == 0 else None]
+    torch.distributed.broadcast_object_list(decision)
+    return decision[0]
+
+
+def _plan(recipe: Recipe, index: Index, batch_size: int) -> Plan:
+    return Plan(index, batch_size=batch_size, seed=recipe.seed, lanes=recipe.data.lanes, window=recipe.data.window)
+
+
+def _log_to(path: Path) -> None:
+    """The driver shows what stands in this file; Ray's own log streaming would break its progress bars."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    for name in ("orchestration", "pipelines"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    logging.getLogger(__name__).info("process %d, rank log opened", os.getpid())
+
+
+__all__ = ["Data", "Engine", "build_model", "evaluation_batches", "train_bare", "train_rank", "training_stream"]

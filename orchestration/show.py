@@ -1,0 +1,118 @@
+"""What a run ends with: evaluation, registration, a picture and a table."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from orchestration.checkpoints import newest_valid, restore
+from orchestration.evaluate import Evaluation, evaluate
+from orchestration.pictures import confusion_figure, scene_figure
+from orchestration.rank import Data, build_model, evaluation_batches
+from orchestration.recipe import Recipe
+from orchestration.registry import Registered, load, register
+from orchestration.run_folder import RunFolder
+from orchestration.tracking import Tracker
+from pipelines import read_index
+
+PICTURED = 6  # scenes in the picture
+
+
+def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, console: Console) -> None:
+    """Evaluates the newest checkpoint, registers it, loads it back, and shows what it sees."""
+    checkpoint = newest_valid(folder.checkpoints)
+    assert checkpoint is not None  # training has just finished, or was found finished
+    model = build_model(recipe)
+    restore(checkpoint, model)
+    model.eval()
+
+    held_out, steps = evaluation_batches(recipe, data.eval)
+    with held_out, console.status("evaluating on held-out scenes"):
+        evaluation = evaluate(
+            model,
+            (micro for step in range(steps) for micro in held_out.step(step)),
+            num_slots=recipe.model.num_slots,
+            background_slots=recipe.evaluate.background_slots,
+        )
+    images = _first_images(recipe, data)
+    with console.status("registering the model"):
+        digest = read_index(data.eval).digest
+        registered = register(recipe, tracker, model.state_dict(), evaluation, digest, images[:2])
+        packaged = load(registered.uri, tracker.uri)
+    tracker.summarise({f"final/{name}": value for name, value in evaluation.metrics().items()}, checkpoint.steps)
+
+    pictures = folder.path / "pictures"
+    pictures.mkdir(exist_ok=True)
+    figures = {"scenes.png": scene_figure(images, packaged.run(images))}
+    if evaluation.counts is not None:
+        figures["counts.png"] = confusion_figure(evaluation.counts)
+    for name, figure in figures.items():
+        figure.savefig(pictures / name)
+        tracker.client.log_artifact(tracker.run_id, str(pictures / name), "pictures")
+
+    console.print(_table(recipe, evaluation, tracker, registered, pictures))
+    _print_commands(console, tracker, registered)
+
+
+def _first_images(recipe: Recipe, data: Data) -> NDArray[np.uint8]:
+    stream, _ = evaluation_batches(recipe, data.eval)
+    with stream:
+        images = torch.cat([micro.images[micro.weight > 0] for micro in stream.step(0)])[:PICTURED]
+    return ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()  # [N, H, W, 3]
+
+
+def _table(recipe: Recipe, evaluation: Evaluation, tracker: Tracker, registered: Registered, pictures: Path) -> Table:
+    table = Table(title=f"{recipe.name} after {recipe.train.steps} steps", show_header=False, title_justify="left")
+    rows: list[tuple[str, Any]] = []
+    if evaluation.fg_ari is not None:
+        rows.append((f"FG-ARI on {evaluation.images} held-out scenes", f"{evaluation.fg_ari:.3f}"))
+    counts = evaluation.counts
+    if counts is not None:
+        rows += [
+            (
+                "objects against kept slots",
+                f"mean error {counts.mean_absolute_error:.2f} (best constant {counts.best_constant_error:.2f}), "
+                f"correlation {counts.correlation:.2f}, exactly right {counts.accuracy:.0%}",
+            ),
+            ("kept slots by objects", _counts_line(evaluation)),
+        ]
+    seconds, waited = tracker.history("time/step"), tracker.history("time/data_wait")
+    if seconds:
+        rows += [
+            ("training speed", f"{recipe.train.batch_size / float(np.median(seconds)):.0f} images/s"),
+            ("waiting for data", f"{sum(waited) / sum(seconds):.1%} of the time"),
+        ]
+    gate = "champion" if registered.champion else f"not champion: {registered.reason}"
+    rows += [
+        ("MLflow run", f"{tracker.run_name} ({tracker.run_id})"),
+        ("model", f"{registered.name} version {registered.version}, {gate}"),
+        ("pictures", str(pictures)),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _counts_line(evaluation: Evaluation) -> str:
+    assert evaluation.counts is not None
+    confusion = evaluation.counts.confusion
+    kept = torch.arange(confusion.shape[0], dtype=torch.float64)
+    means = (confusion * kept[:, None]).sum(dim=0) / confusion.sum(dim=0)
+    return ", ".join(f"{n}: {mean:.2f}" for n, mean in enumerate(means.tolist()) if mean == mean)
+
+
+def _print_commands(console: Console, tracker: Tracker, registered: Registered) -> None:
+    uri = shlex.quote(tracker.uri)
+    console.print("\nSee the curves:", style="bold")
+    console.print(f"  .venv/bin/mlflow ui --backend-store-uri {uri}", soft_wrap=True, highlight=False)
+    console.print("Find the objects in an image of your own:", style="bold")
+    console.print(
+        f"  .venv/bin/slotforge predict IMAGE.png --model {registered.uri} --tracking-uri {uri}",
+        soft_wrap=True,
+        highlight=False,
+    )
