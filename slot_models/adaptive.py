@@ -49,18 +49,22 @@ class SlotGate(nn.Module):
             temperature: of the softmax whose gradient the decision takes; the decision itself does not depend on it.
 
         Raises:
-            ValueError: the temperature is not positive.
+            ValueError: the temperature is not positive, or the noise has another shape than the logits.
         """
         if not temperature > 0:
             raise ValueError(f"temperature: {temperature} is not positive")
-        logits = self.logits(self.hidden(self.norm(slots)).relu()).float()  # [B, K, 2]
+        logits = self.logits(self.hidden(self.norm(slots)).relu())  # [B, K, 2]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if noise is not None and noise.shape != logits.shape:
+            raise ValueError(f"noise: shape {tuple(noise.shape)} is not {tuple(logits.shape)}")
         probability = logits.softmax(dim=-1)[..., 1]  # [B, K]
         noisy = logits if noise is None else logits + noise.to(logits)
         soft = (noisy / temperature).softmax(dim=-1)[..., 1]  # [B, K]
-        hard = (noisy[..., 1] > noisy[..., 0]).to(soft)
-        likeliest = torch.zeros_like(hard).scatter(1, soft.argmax(dim=1, keepdim=True), 1.0)
+        margin = noisy[..., 1] - noisy[..., 0]
+        hard = (margin > 0).to(soft)
+        likeliest = torch.zeros_like(hard).scatter(1, margin.argmax(dim=1, keepdim=True), 1.0)
         hard = torch.where(hard.sum(dim=1, keepdim=True) > 0, hard, likeliest)  # an image has at least one slot
-        return Gate(keep=hard + soft - soft.detach(), probability=probability)
+        return Gate(keep=hard + (soft - soft.detach()), probability=probability)
 
 
 class AdaptiveSlotWrapper(nn.Module):
@@ -93,7 +97,7 @@ def masked_mixture(mask_logits: Tensor, keep: Tensor) -> Tensor:
         keep: float [B, K], 0 or 1.
 
     Returns:
-        float [B, K, H, W], summing to one over the kept slots.
+        float [B, K, H, W], summing over the kept slots to s / (s + 1e-5), where s is their share without the gate.
     """
     alpha = mask_logits.softmax(dim=1) * keep.to(mask_logits.dtype)[:, :, None, None]  # [B, K, H, W]
     return alpha / (alpha.sum(dim=1, keepdim=True) + 1e-5)

@@ -95,6 +95,8 @@ class SlotAttention(nn.Module):
 
     def initial_slots(self, batch: int, num_slots: int, noise: Tensor | None) -> Tensor:
         """mu + sigma * noise; without noise, the fixed noise of evaluation, the same for every image. [B, K, D]"""
+        if num_slots < 1:
+            raise ValueError(f"num_slots: {num_slots} is not positive")
         if self.initial == "per_slot" and num_slots != self.num_slots:
             raise ValueError(f"num_slots: {num_slots} differs from the {self.num_slots} learned initial slots")
         if noise is None:
@@ -128,11 +130,13 @@ class SlotAttention(nn.Module):
         if slots is None:
             count = self.num_slots if num_slots is None else num_slots
             slots = self.initial_slots(inputs.shape[0], count, noise)  # [B, K, D]
+        if slots.dim() != 3 or slots.shape[0] != inputs.shape[0] or slots.shape[2] != self.dim:
+            raise ValueError(f"slots: shape {tuple(slots.shape)} is not {(inputs.shape[0], 'K', self.dim)}")
         initial = slots
 
         for iteration in range(self.iters):
             if self.gradient == "bilevel" and iteration == self.iters - 1:
-                slots = slots.detach() + initial - initial.detach()
+                slots = slots.detach() + (initial - initial.detach())  # adds an exact zero
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns(iteration)):
                 slots = self._refine(slots, inputs)
         return slots

@@ -18,8 +18,7 @@ def adjusted_rand_index(true: Tensor, predicted: Tensor, weight: Tensor | None =
         float64 [B]; 1 where the index is 0 / 0 (a single cluster on both sides, or no points).
     """
     # float64: the products of pair counts overflow half precision and round in float32
-    rows = functional.one_hot(true).double()  # [B, N, R]
-    columns = functional.one_hot(predicted).double()  # [B, N, C]
+    rows, columns = _indicators(true), _indicators(predicted)  # [B, N, R], [B, N, C]
     if weight is not None:
         rows = rows * weight[..., None]
     table = einsum(rows, columns, "b n r, b n c -> b r c")
@@ -52,6 +51,10 @@ def foreground_ari(true_masks: Tensor, predicted_masks: Tensor) -> Tensor:
     true = rearrange(true_masks, "b h w -> b (h w)").long()
     predicted = rearrange(predicted_masks.argmax(dim=1), "b h w -> b (h w)")
     return adjusted_rand_index(true, predicted, weight=true > 0)
+
+
+def _indicators(labels: Tensor) -> Tensor:
+    return functional.one_hot(labels, int(labels.max()) + 1 if labels.numel() else 1).double()
 
 
 def _pairs(count: Tensor) -> Tensor:
