@@ -1,0 +1,205 @@
+"""The gate against torch's own Gumbel softmax and against the law it samples; the mixture without dropped slots."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slot_oracles import distance, gradient_distance, gradients, randomise
+from torch import Tensor
+from torch.nn import functional
+
+from slot_models import AdaptiveSlotWrapper, SlotAttention, SlotGate, masked_mixture
+
+
+def build(dim: int = 6, seed: int = 1, **options: Any) -> SlotGate:
+    torch.manual_seed(seed)
+    gate = SlotGate(dim, **options).double()
+    randomise(gate, seed)
+    return gate
+
+
+def normal(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gumbel(*shape: int, seed: int = 3) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).gumbel(size=shape))
+
+
+def logits_of(gate: SlotGate, slots: Tensor) -> Tensor:
+    """LN(D) -> Linear(D, 4D) -> ReLU -> Linear(4D, 2), from the weights alone."""
+    weights = dict(gate.named_parameters())
+    normed = functional.layer_norm(slots, slots.shape[-1:], weights["norm.weight"], weights["norm.bias"])
+    hidden = normed @ weights["hidden.weight"].T + weights["hidden.bias"]
+    return hidden.clamp(min=0) @ weights["logits.weight"].T + weights["logits.bias"]
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 11)])
+def test_decisions_and_gradients_equal_torchs_gumbel_softmax(shape: tuple[int, int], temperature: float) -> None:
+    gate, slots = build(), normal(*shape, 6).requires_grad_()
+    logits = logits_of(gate, slots)
+    torch.manual_seed(4)
+    noise = -torch.empty_like(logits).exponential_().log()
+    torch.manual_seed(4)
+    expected = functional.gumbel_softmax(logits, tau=temperature, hard=True)[..., 1]
+    ours = gate(slots, noise, temperature)
+    assert distance(ours.probability, logits.softmax(-1)[..., 1]) <= 1e-12
+
+    some = expected.detach().round().sum(dim=1) > 0
+    assert torch.equal(ours.keep[some].detach(), expected[some].detach().round())
+    assert shape != (40, 11) or some.sum() > 20
+
+    leaves, direction = dict(gate.named_parameters()) | {"slots": slots}, normal(*shape, seed=5)
+    mine, theirs = (gradients((keep * direction).sum(), leaves) for keep in (ours.keep, expected))
+    assert mine.keys() == leaves.keys()
+    assert gradient_distance(mine, theirs) <= 1e-10
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0])
+def test_slots_are_kept_as_often_as_the_softmax_of_their_logits_says(temperature: float) -> None:
+    gate, slots = build(), 2 * normal(1, 60_000, 6)
+    decided = gate(slots, gumbel(1, 60_000, 2), temperature)
+    law = logits_of(gate, slots).softmax(-1)[0, :, 1].detach()
+    assert law.min() < 0.1 and law.max() > 0.9
+    for tenth in law.argsort().chunk(10):  # from the least likely to the likeliest
+        expected, variance = law[tenth].sum(), (law[tenth] * (1 - law[tenth])).sum()
+        assert abs(decided.keep[0, tenth].sum() - expected) < 4.5 * variance.sqrt()
+
+
+def test_the_slots_of_an_image_are_decided_independently() -> None:
+    gate = build()
+    with torch.no_grad():
+        gate.logits.weight.zero_()
+        gate.logits.bias.copy_(torch.tensor([0.0, 0.4]))
+    keep = gate(normal(20_000, 2, 6), gumbel(20_000, 2, 2)).keep
+    p = torch.tensor(0.4).sigmoid()
+    both = 20_000 * p**2
+    assert abs((keep.sum(dim=1) == 2).sum() - both) < 4.5 * (both * (1 - p**2)).sqrt()
+
+
+@given(
+    seed=st.integers(0, 1000),
+    dropped=st.floats(0, 1000),
+    batch=st.integers(1, 5),
+    num_slots=st.integers(1, 6),
+    temperature=st.sampled_from([1e-3, 0.1, 1.0, 100.0]),
+    noisy=st.booleans(),
+    double=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_where_no_slot_would_be_kept_the_likeliest_one_is(
+    seed: int, dropped: float, batch: int, num_slots: int, temperature: float, noisy: bool, double: bool
+) -> None:
+    gate = build(seed=seed).to(torch.float64 if double else torch.float32)
+    slots = normal(batch, num_slots, 6, seed=seed).to(gate.norm.weight)
+    noise = gumbel(batch, num_slots, 2, seed=seed).to(slots) if noisy else None
+    with torch.no_grad():
+        gate.logits.bias.copy_(torch.tensor([dropped, -dropped]))
+        logits = gate.logits(gate.hidden(gate.norm(slots)).relu()) + (noise if noisy else 0)
+        keep = gate(slots, noise, temperature).keep
+    assert set(keep.unique().tolist()) <= {0.0, 1.0} and keep.dtype == slots.dtype
+    for kept, image in zip(keep, logits, strict=True):
+        margin = image[:, 1] - image[:, 0]
+        wanted = (margin > 0).nonzero().flatten().tolist() or [int(margin.argmax())]
+        assert kept.nonzero().flatten().tolist() == wanted
+
+
+def test_without_noise_the_decision_is_the_likelier_one() -> None:
+    gate, slots = build(), normal(50, 7, 6)
+    decided, likelier = gate(slots), logits_of(gate, slots).argmax(dim=-1)
+    some = likelier.sum(dim=1) > 0
+    assert some.sum() > 20 and 0 < likelier[some].double().mean() < 1
+    assert torch.equal(decided.keep[some], likelier[some].double())
+    torch.manual_seed(7)
+    assert torch.equal(gate(slots).keep, decided.keep) and torch.equal(gate(slots[3:4]).keep, decided.keep[3:4])
+
+
+@given(temperature=st.floats(1e-3, 1e3), seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_the_temperature_changes_the_gradient_alone(temperature: float, seed: int) -> None:
+    gate, slots, noise = build(seed=seed), normal(4, 5, 6, seed=seed), gumbel(4, 5, 2, seed=seed)
+    weights = dict(gate.named_parameters())
+    one, other = gate(slots, noise), gate(slots, noise, temperature)
+    assert torch.equal(one.keep, other.keep) and torch.equal(one.probability, other.probability)
+    # d sigmoid(margin / t) / d margin at the noised logits, in a bias: sum of s (1 - s) / t
+    gap = (logits_of(gate, slots) + noise) @ torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    soft = (gap / temperature).sigmoid()
+    expected = (soft * (1 - soft) / temperature).sum()
+    bias = gradients(other.keep.sum(), weights)["logits.bias"]
+    assert (bias - torch.stack([-expected, expected])).abs().max() <= 1e-12 / temperature
+
+
+@given(bias=st.floats(-20, 20))
+@settings(max_examples=20, deadline=None)
+def test_keep_bias_moves_the_initial_logit_of_keep_over_drop(bias: float) -> None:
+    slots, gaps = normal(2, 5, 6), []
+    for options in ({"keep_bias": bias}, {}):
+        torch.manual_seed(1)
+        gaps.append(logits_of(SlotGate(6, **options).double(), slots).diff(dim=-1))
+    assert (gaps[0] - gaps[1] - bias).abs().max() <= 1e-5
+
+
+def test_the_well_known_example_of_the_wrapper() -> None:
+    torch.manual_seed(0)
+    wrapper = AdaptiveSlotWrapper(SlotAttention(5, 512), temperature=0.5)
+    inputs, noise, gate_noise = torch.randn(2, 64, 512), torch.randn(2, 5, 512), torch.randn(2, 5, 2)
+    slots, keep = wrapper(inputs, noise=noise, gate_noise=gate_noise)
+    assert slots.shape == (2, 5, 512) and keep.shape == (2, 5)
+    assert torch.equal(slots, wrapper.slot_attn(inputs, noise=noise))
+    assert torch.equal(keep, wrapper.gate(slots, gate_noise).keep)
+    (steep,) = torch.autograd.grad(keep.sum(), wrapper.gate.logits.bias, retain_graph=True)
+    (expected,) = torch.autograd.grad(wrapper.gate(slots, gate_noise, 0.5).keep.sum(), wrapper.gate.logits.bias)
+    assert torch.equal(steep, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_named(temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"^temperature: "):
+        build()(normal(2, 4, 6), temperature=temperature)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4), (2, 4, 1), (1, 4, 2), (2, 5, 2)])
+def test_gate_noise_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^noise: "):
+        build()(normal(2, 4, 6), gumbel(*shape))
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Mask logits [B, K, H, W] and keep [B, K] with one slot at least."""
+    batch, num_slots, height, width = (draw(st.integers(1, most)) for most in (3, 6, 4, 4))
+    row = st.lists(st.booleans(), min_size=num_slots, max_size=num_slots).filter(any)
+    keep = draw(st.lists(row, min_size=batch, max_size=batch))
+    spread, seed = draw(st.floats(0, 6)), draw(st.integers(0, 1000))
+    return spread * normal(batch, num_slots, height, width, seed=seed), torch.tensor(keep, dtype=torch.float64)
+
+
+@given(mixture=mixtures())
+@settings(max_examples=60, deadline=None)
+def test_a_mixture_is_the_softmax_over_the_kept_slots(mixture: tuple[Tensor, Tensor]) -> None:
+    logits, keep = mixture
+    masks = masked_mixture(logits, keep)
+    assert masks.shape == logits.shape and (masks[keep == 0] == 0).all()
+    for image, kept, mask in zip(logits, keep.bool(), masks, strict=True):
+        share = image.softmax(dim=0)[kept].sum(dim=0)  # of the kept slots before the gate [H, W]
+        shrunk = share / (share + 1e-5)  # by the published epsilon
+        assert distance(mask[kept], image[kept].softmax(dim=0) * shrunk) <= 1e-12
+        assert distance(mask.sum(dim=0), shrunk) <= 1e-12
+
+
+def test_the_gradient_of_a_mixture_in_keep_is_that_of_the_published_formula() -> None:
+    logits, keep = normal(2, 4, 3, 3), torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 0]]).double().requires_grad_()
+    assert torch.autograd.gradcheck(masked_mixture, (logits.requires_grad_(), keep))
+    # A slot enters with the share alpha: d/dZ_k of (sum Z a y) / (sum Z a + eps) = a_k (y_k - mean) / (sum + eps)
+    pictures = normal(2, 4, 3, 3, seed=5)
+    masks = masked_mixture(logits, keep)
+    mean = (masks * pictures).sum(dim=1, keepdim=True)
+    alpha = logits.softmax(dim=1)
+    total = (alpha * keep[:, :, None, None]).sum(dim=1, keepdim=True) + 1e-5
+    expected = (alpha * (pictures - mean) / total).sum(dim=(2, 3))
+    (actual,) = torch.autograd.grad(mean.sum(), keep)
+    assert distance(actual, expected) <= 1e-12
