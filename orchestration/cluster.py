@@ -1,5 +1,6 @@
 """The Ray that a run uses: the cluster it was submitted to, or one started here for as long as it lasts."""
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -23,13 +24,14 @@ def ray_cluster(recipe: Recipe) -> Iterator[None]:
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, recipe.parallel.workers.max),
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.WARNING,
             object_store_memory=256 * 2**20,  # shards are read from files; Ray carries next to nothing
         )
     try:

@@ -28,10 +28,14 @@ class PackagedModel(PythonModel):
         self.model.load_state_dict(load_file(context.artifacts["weights"]))
         self.model.eval()
 
-    def predict(
-        self, context: PythonModelContext | None, model_input: NDArray[np.uint8], params: dict[str, Any] | None = None
+    # MLflow takes an annotation of model_input for a schema; ours is the signature.
+    def predict(  # type: ignore[no-untyped-def]
+        self, context: PythonModelContext | None, model_input, params: dict[str, Any] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Finds the objects.
+
+        Args:
+            model_input: uint8 [N, H, W, 3].
 
         Returns:
             masks: float32 [N, K, H, W], each slot's share of each pixel.

@@ -24,7 +24,7 @@ class RecipeError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ScenesSection(Section):
@@ -74,9 +74,13 @@ class ModelSection(Section):
     iterations: PositiveInt = 3
     hidden_dim: PositiveInt = 128
     initial: Literal["shared", "per_slot"] = Field("shared", description="one learned Gaussian, or one for each slot")
+    initial_sigma: float | None = Field(None, gt=0, description="start of the initial slots' standard deviation")
     gradient: Literal["full", "bilevel"] = Field("full", description="through all iterations, or the last alone")
     adaptive: bool = Field(False, description="a gate decides for each slot whether the image needs it (AdaSlot)")
     keep_bias: float = Field(0.0, description="initial logit of keeping a slot")
+    gate_gradient: Literal["slope", "difference"] = Field(
+        "slope", description="of the error by a decision: its slope, as published, or the difference it makes"
+    )
     encoder_channels: PositiveInt = 32
     encoder_kernel: PositiveInt = 5
     encoder_strides: tuple[PositiveInt, ...] = Field((1, 1, 1, 1), min_length=1)
@@ -85,6 +89,7 @@ class ModelSection(Section):
     decoder_kernel: PositiveInt = 5
     decoder_output_kernel: PositiveInt = 3
     decoder_patch: PositiveInt = Field(1, description="pixels a side that one decoder cell becomes")
+    decoder_mask: Literal["pixel", "cell"] = Field("pixel", description="a mask logit for each pixel, or each cell")
 
 
 class TrainSection(Section):
@@ -100,7 +105,7 @@ class TrainSection(Section):
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the global gradient")
     keep_weight: float = Field(0.0, ge=0, description="penalty on the mean of keep, for an adaptive model")
     gate_from: int = Field(0, ge=0, description="the gate decides from this step; before, every slot is kept")
-    keep_ramp: int = Field(0, ge=0, description="steps from gate_from in which the penalty rises to keep_weight")
+    keep_weight_end: float | None = Field(None, ge=0, description="the penalty's weight at the end; null: no change")
     temperature: float = Field(1.0, gt=0, description="of the gate's straight-through gradient")
     checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
     checkpoints_kept: int = Field(3, ge=2, description="newest checkpoints to keep; one more than the newest at least")

@@ -36,9 +36,11 @@ class Schedule:
         return step >= self.train.gate_from
 
     def keep_weight(self, step: int) -> float:
-        """Weight of the penalty on the mean of keep."""
+        """Weight of the penalty on the mean of keep: linear from the gate's first step to the end."""
         train = self.train
         if not self.gated(step):
             return 0.0
-        ramp = min(1.0, (step - train.gate_from + 1) / train.keep_ramp) if train.keep_ramp else 1.0
-        return train.keep_weight * ramp
+        end = train.keep_weight if train.keep_weight_end is None else train.keep_weight_end
+        return train.keep_weight + (end - train.keep_weight) * (step - train.gate_from) / (
+            train.steps - train.gate_from
+        )

@@ -23,6 +23,8 @@ from orchestration.recipe import Recipe, RecipeError, state_home
 from orchestration.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "mlflow.tracking._model_registry.client", "alembic"):
+    logging.getLogger(noisy).setLevel(logging.WARNING)  # tables created, examples validated: not news to a user
 
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that one log_batch takes
 

@@ -9,6 +9,7 @@ on from the last checkpoint.
 
 import argparse
 import json
+import signal
 import sys
 import threading
 import time
@@ -216,6 +217,7 @@ def main(recipe: str, overrides: list[str], fresh: bool) -> int:
 
     console = Console()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends like Ctrl-C: with its lease returned
     try:
         run(load_recipe(recipe, overrides), fresh=fresh, console=console)
     except RecipeError as error:

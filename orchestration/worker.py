@@ -120,7 +120,7 @@ def train(
             reconstruction = reconstruction_error(output, micro.images)  # [m]
             penalty = keep_weight * output.keep.mean(dim=1)  # [m]
             share = micro.weight / size  # [m], of the global batch
-            engine.backward(reconstruction + penalty, share)
+            engine.backward(reconstruction + penalty + output.gate_term, share)
             means = means + share @ _curves(output, reconstruction, penalty, micro.num_objects, background_slots)
 
         learning_rate = schedule.learning_rate(step)

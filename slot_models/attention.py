@@ -1,5 +1,6 @@
 """Slot attention: slots compete for the inputs and are refined by a recurrent update."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ class SlotAttention(nn.Module):
         input_dim: width of the inputs; ``dim`` by default.
         initial: "shared" draws every slot from one learned Gaussian, as published; "per_slot" learns a mean for each
             slot (BO-QSA, Jia et al. 2023), which fixes K.
+        initial_sigma: what the standard deviation of the initial slots starts at; drawn like the mean by default.
         gradient: "full" goes through all iterations; "bilevel" through the last one alone, with a straight-through
             path to the initial slots (BO-QSA).
         norm_eps: epsilon of the LayerNorms (1e-3 in the original's Keras).
@@ -45,6 +47,7 @@ class SlotAttention(nn.Module):
         *,
         input_dim: int | None = None,
         initial: Initial = "shared",
+        initial_sigma: float | None = None,
         gradient: Gradient = "full",
         norm_eps: float = 1e-5,
         seed: int = 0,
@@ -55,8 +58,10 @@ class SlotAttention(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: {size} is not positive")
+        if initial_sigma is not None and not initial_sigma > 0:
+            raise ValueError(f"initial_sigma: {initial_sigma} is not positive")
         self.num_slots, self.dim, self.iters, self.eps = num_slots, dim, iters, eps
-        self.initial, self.gradient, self.seed = initial, gradient, seed
+        self.initial, self.initial_sigma, self.gradient, self.seed = initial, initial_sigma, gradient, seed
         self.scale = dim**-0.5
 
         initial_slots = num_slots if initial == "per_slot" else 1
@@ -80,6 +85,8 @@ class SlotAttention(nn.Module):
         bound = (6 / (1 + self.dim)) ** 0.5  # Keras' glorot takes fan_in = 1 and fan_out = D on [1, 1, D]
         for parameter in (self.slots_mu, self.slots_log_sigma):
             nn.init.uniform_(parameter, -bound, bound)
+        if self.initial_sigma is not None:
+            nn.init.constant_(self.slots_log_sigma, math.log(self.initial_sigma))
         for parameter in (self.to_query, self.to_key, self.to_value):
             nn.init.xavier_uniform_(parameter)
         for gate in self.gru.weight_ih.chunk(3):

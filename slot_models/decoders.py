@@ -1,5 +1,7 @@
 """Decoders: each slot to a picture and a mask of its own."""
 
+from typing import Literal
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -7,6 +9,8 @@ from torch.nn import functional
 
 from slot_models.encoders import glorot
 from slot_models.positions import coordinates
+
+MaskCell = Literal["pixel", "cell"]
 
 
 class SpatialBroadcastDecoder(nn.Module):
@@ -27,6 +31,8 @@ class SpatialBroadcastDecoder(nn.Module):
         kernel: odd size of their kernels, at most ``grid``.
         output_kernel: odd size of the last layer's kernel.
         patch: pixels a side that one cell becomes.
+        mask: a mask logit for each "pixel", or one for each "cell", shared by its pixels, as decoders of patch
+            features have (DINOSAUR, Seitzer et al. 2023).
 
     Raises:
         ValueError: a kernel is even or wider than the grid.
@@ -41,12 +47,13 @@ class SpatialBroadcastDecoder(nn.Module):
         kernel: int = 5,
         output_kernel: int = 3,
         patch: int = 1,
+        mask: MaskCell = "pixel",
     ) -> None:
         super().__init__()
         for name, size in {"kernel": kernel, "output_kernel": output_kernel}.items():
             if size % 2 == 0 or size > grid:
                 raise ValueError(f"{name}: {size} is not an odd number up to the grid's {grid}")
-        self.grid, self.patch, self.padding = grid, patch, kernel // 2
+        self.grid, self.patch, self.mask, self.padding = grid, patch, mask, kernel // 2
         self.position = nn.Linear(4, slot_dim)
         # The first layer's kernel is this module's own parameter: forward uses it twice, and ZeRO-3 gathers a
         # parameter for the module that owns it.
@@ -56,7 +63,8 @@ class SpatialBroadcastDecoder(nn.Module):
         for _ in range(layers - 1):
             hidden += [nn.Conv2d(channels, channels, kernel, padding=kernel // 2), nn.ReLU()]
         self.hidden = nn.Sequential(*hidden)
-        self.output = nn.Conv2d(channels, 4 * patch**2, output_kernel, padding=output_kernel // 2)
+        outputs = 4 * patch**2 if mask == "pixel" else 3 * patch**2 + 1
+        self.output = nn.Conv2d(channels, outputs, output_kernel, padding=output_kernel // 2)
         glorot(self)
         nn.init.xavier_uniform_(self.first_weight)
 
@@ -73,9 +81,14 @@ class SpatialBroadcastDecoder(nn.Module):
         batch = slots.shape[0]
         hidden = self._first_layer(rearrange(slots, "b k d -> (b k) d")).relu()  # [BK, C, G, G]
         hidden = self.hidden(hidden)
-        pixels = functional.pixel_shuffle(self.output(hidden), self.patch)  # [BK, 4, H, W]
-        pixels = rearrange(pixels, "(b k) c h w -> b k c h w", b=batch)
-        return pixels[:, :, :3], pixels[:, :, 3]
+        cells = rearrange(self.output(hidden), "(b k) c h w -> b k c h w", b=batch)
+        colours = 3 * self.patch**2
+        pictures = functional.pixel_shuffle(cells[:, :, :colours], self.patch)  # [B, K, 3, H, W]
+        if self.mask == "cell":
+            logits = repeat(cells[:, :, colours], "b k h w -> b k (h p) (w q)", p=self.patch, q=self.patch)
+        else:
+            logits = functional.pixel_shuffle(cells[:, :, colours:], self.patch).squeeze(2)
+        return pictures, logits  # [B, K, 3, H, W], [B, K, H, W]
 
     def _first_layer(self, slots: Tensor) -> Tensor:
         position = rearrange(self.position(self.coordinates), "h w d -> 1 d h w")

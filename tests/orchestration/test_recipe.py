@@ -1,0 +1,105 @@
+"""Recipes: right ones load, wrong ones fail before anything starts, in a sentence that helps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestration.recipe import RecipeError, load_recipe, recipe_names
+from orchestration.schedule import Schedule
+
+WRONG = [
+    ("train.batchsize=3", ["train.batchsize", "3", "'batch_size'"]),
+    ("train.batch_size=many", ["train.batch_size", "'many'", "integer"]),
+    ("train.batch_size='32'", ["train.batch_size", "'32'", "integer"]),
+    ("train.batch_size=0", ["train.batch_size", "0", "greater than 0"]),
+    ("train.learning_rate=-1e-3", ["train.learning_rate", "-0.001", "greater than 0"]),
+    ("train.keep_weight=.nan", ["train.keep_weight", "nan", "finite"]),
+    ("parallel.zero_stage=4", ["parallel.zero_stage", "4", "0, 1, 2 or 3"]),
+    ("parallel.workers.max=1", ["parallel.workers.max", "1", "min: 2", "raise max or lower min"]),
+    ("parallel.workers={min: 64, max: 64}", ["parallel.workers.min", "64", "32", "raise the batch"]),
+    ("data.scenes.pieces=[4, 2]", ["data.scenes.pieces", "[4, 2]", "[fewest, most]"]),
+    ("data.scenes=null", ["data", "neither", "give one of the two"]),
+    ("data.train=/shards", ["data", "both given", "give one of the two"]),
+    ("model.image_size=20", ["model.image_size", "20", "set it to 21"]),
+    ("model.adaptive=false", ["train.keep_weight", "0.", "model.adaptive: true"]),
+    ("train.gate_from=100000", ["train.gate_from", "100000", "lower it"]),
+    ("evaluate.background_slots=9", ["evaluate.background_slots", "9", "lower it"]),
+    ("registry.floors={fg_ari: 2}", ["registry.floors.fg_ari", "2", "less than or equal to 1"]),
+    ("registry.floors={ari: 0.5}", ["registry.floors.ari", "fg_ari"]),
+    ("name=../escape", ["name", "'../escape'"]),
+    ("sead=1", ["sead", "'seed'"]),
+    ("train.batch_size", ["--set train.batch_size", "section.field=value"]),
+    ("train.batch_size.x=1", ["batch_size", "not a section"]),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), WRONG, ids=[override for override, _ in WRONG])
+def test_a_wrong_field_is_one_sentence_with_path_value_and_cure(override: str, expected: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo", [override])
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert all(part in sentence for part in expected), sentence
+
+
+def test_every_wrong_field_has_a_sentence_of_its_own() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo", ["train.batch_size=0", "seed=-1"])
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["seed", "train.batch_size"]
+
+
+def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'nope'.*demo.*tetrominoes"):
+        load_recipe("nope")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train: [")
+    with pytest.raises(RecipeError, match=r"broken.yaml: this is not YAML"):
+        load_recipe(str(broken))
+
+
+def test_the_entry_point_exits_with_2_before_anything_starts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orchestration.train", "--recipe", "demo", "--set", "model.encoder_strides=[2]"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"SLOTFORGE_HOME": str(tmp_path)})
+    assert done.returncode == 2
+    assert "model: strides: 2 does not divide the size 21" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_project_is_right(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def test_a_yaml_file_says_numbers_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {train: /a, eval: /b}\ntrain: {learning_rate: 4e-4}\n")
+    recipe = load_recipe(str(path))
+    assert (recipe.name, recipe.train.learning_rate) == ("mine", 4e-4)
+
+
+def test_a_run_stays_the_same_run_wherever_and_however_it_computes() -> None:
+    digest = load_recipe("demo").digest()
+    same = ["parallel.zero_stage=3", "parallel.workers={min: 1, max: 5}", "tracking.every=1", "registry.floors={}"]
+    assert all(load_recipe("demo", [override]).digest() == digest for override in same)
+    others = ["seed=1", "train.steps=99999", "model.slot_dim=32", "data.window=3", "evaluate.every=7"]
+    assert len({digest, *(load_recipe("demo", [override]).digest() for override in others)}) == 1 + len(others)
+
+
+def test_the_published_schedule() -> None:
+    """lr = 4e-4 * min(1, step / 10_000) * 0.5 ** (step / 100_000) (Locatello et al. 2020, appendix E.1)."""
+    schedule = Schedule(load_recipe("tetrominoes").train)
+    assert schedule.steps == 500_000
+    for step in (99, 4_999, 9_999, 10_000, 100_000, 499_999):
+        published = 4e-4 * min(1, (step + 1) / 10_000) * 0.5 ** (step / 100_000)
+        assert schedule.learning_rate(step) == pytest.approx(published, rel=1e-12)
+
+
+def test_the_gate_and_its_penalty_start_when_the_recipe_says() -> None:
+    overrides = ["steps=2100", "gate_from=100", "keep_weight=0.2", "keep_weight_end=0.1", "decay_steps=1000"]
+    schedule = Schedule(load_recipe("demo", [f"train.{override}" for override in overrides]).train)
+    assert [schedule.gated(step) for step in (0, 99, 100)] == [False, False, True]
+    weights = [schedule.keep_weight(step) for step in (99, 100, 1100, 2100)]
+    assert weights == pytest.approx([0, 0.2, 0.15, 0.1])
+    assert schedule.learning_rate(schedule.steps - 1) == pytest.approx(schedule.learning_rate(1000) / 1000)
