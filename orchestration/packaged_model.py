@@ -4,6 +4,7 @@ This file and slot_models travel with the model; it knows neither recipes nor Ra
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from slot_models import SlotOutput, build_autoencoder
+
+warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method.*")
 
 
 class PackagedModel(PythonModel):

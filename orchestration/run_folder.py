@@ -146,16 +146,16 @@ class Lease:
 
     def _living_holder(self, number: int) -> dict[str, Any] | None:
         path = self._path(number)
+        fresh = time.time() - path.stat().st_mtime < LEASE_SECONDS
         try:
-            holder = read_json(path)
-            age = time.time() - path.stat().st_mtime
-        except (ValueError, FileNotFoundError):
-            return None  # died while it wrote its first line
+            holder: dict[str, Any] = read_json(path)
+        except ValueError:  # it is writing its name, or died before it could
+            return {"pid": "?", "host": "?", "since": "just now"} if fresh else None
         if holder.get("released"):
             return None
         if holder["host"] == socket.gethostname():
             return holder if _start_time(holder["pid"]) == holder["started"] else None
-        return holder if age < LEASE_SECONDS else None
+        return holder if fresh else None
 
 
 def check_lease(folder: RunFolder, number: int) -> None:

@@ -150,7 +150,7 @@ def test_a_stage_on_two_workers_trains_as_one_plain_process_does(folder: Path, s
         close(facts["curve"], curve, loss=1e-5, norm=1e-4)
         assert facts["final"].keys() == weights.keys()
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            # Over all entries: Adam divides a gradient that is zero but for rounding by itself, so one entry may differ.
+            # Over all entries: Adam divides a gradient that is zero but for rounding by itself, so one may differ.
             ours, theirs = (
                 torch.cat([s[kind].flatten() for s in state.values()]) for state in (facts["final"], weights)
             )

@@ -1,0 +1,166 @@
+"""Checkpoints: whole or not there, and damage is seen."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestration.checkpoints import (
+    Checkpoint,
+    DamagedCheckpointError,
+    Saver,
+    committed,
+    new_token,
+    newest_valid,
+    prune,
+    restore,
+)
+from orchestration.engine import PlainEngine
+from orchestration.rank import Data, build_model, training_stream
+from orchestration.recipe import Recipe
+from orchestration.run_folder import LeaseLostError
+from orchestration.schedule import Schedule
+from orchestration.worker import StepReport, train
+
+
+def trained(recipe: Recipe, data: Data, folder: Path) -> tuple[PlainEngine, list[StepReport]]:
+    """Twelve steps with a checkpoint every four."""
+    engine, reports = PlainEngine(build_model(recipe), micro_batches=1), []
+    saver = Saver(folder, new_token(), 0, 1, allowed=lambda: None)
+
+    def save(report: StepReport) -> None:
+        reports.append(report)
+        if report.done % 4 == 0:
+            saver.save(report.done, engine, [("loss", 1.0, report.done, report.done)], {"steps": report.done})
+
+    with training_stream(recipe, data.train) as stream:
+        train(engine, stream, Schedule(recipe.train), hooks=[save])
+    saver.wait()
+    return engine, reports
+
+
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(recipe: Recipe, data: Data, tmp_path: Path) -> None:
+    unbroken, reports = trained(recipe, data, tmp_path)
+    assert [checkpoint.steps for checkpoint in committed(tmp_path)] == [4, 8, 12]
+    module, again = build_model(recipe), []
+    moments = restore(committed(tmp_path)[0], module)
+    engine = PlainEngine(module, micro_batches=1)
+    engine.load_moments(moments, 4)
+    with training_stream(recipe, data.train) as stream:
+        train(engine, stream, Schedule(recipe.train), start=4, hooks=[again.append])
+    assert [report.step for report in again] == list(range(4, 12))
+    assert all(torch.equal(a.means, b.means) for a, b in zip(again, reports[4:], strict=True))
+    states = dict(engine.named_state(owned=False)), dict(unbroken.named_state(owned=False))
+    for name, state in states[0].items():
+        assert all(torch.equal(state[kind], states[1][name][kind]) for kind in state), name
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("part-00000.safetensors", cut),
+        ("part-00000.safetensors", flip),
+        ("part-00000.safetensors", Path.unlink),
+        ("curve.json", flip),
+        ("manifest.json", cut),
+        ("manifest.json", lambda path: path.write_text("[]")),
+    ],
+)
+def test_a_damaged_checkpoint_is_put_aside_with_a_warning(
+    recipe: Recipe, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: object
+) -> None:
+    trained(recipe, data, tmp_path)
+    newest = committed(tmp_path)[-1].path
+    damage(newest / name)  # type: ignore[operator]
+    with caplog.at_level(logging.WARNING):
+        found = newest_valid(tmp_path)
+    assert found is not None
+    assert found.steps == 8
+    assert "damaged checkpoint" in caplog.text
+    assert newest.name in caplog.text
+    assert [checkpoint.steps for checkpoint in committed(tmp_path)] == [4, 8]
+    with pytest.raises(DamagedCheckpointError, match=str(tmp_path)):
+        Checkpoint(newest.with_name(f"damaged-{newest.name}")).validate()
+
+
+def test_without_a_manifest_there_is_no_checkpoint(recipe: Recipe, data: Data, tmp_path: Path) -> None:
+    trained(recipe, data, tmp_path)
+    (committed(tmp_path)[-1].path / "manifest.json").unlink()
+    found = newest_valid(tmp_path)
+    assert found is not None
+    assert found.steps == 8
+
+
+def test_a_driver_that_was_succeeded_commits_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    def succeeded() -> None:
+        raise LeaseLostError("driver 2 has taken over")
+
+    saver = Saver(tmp_path, new_token(), 0, 1, allowed=succeeded)
+    saver.save(4, PlainEngine(build_model(recipe), micro_batches=1), [], {})
+    with pytest.raises(LeaseLostError):
+        saver.wait()
+    assert committed(tmp_path) == []
+
+
+def test_a_write_that_fails_is_raised_in_the_training_thread(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    saver = Saver(tmp_path / "file", new_token(), 0, 1, allowed=lambda: None)
+    saver.save(4, PlainEngine(build_model(recipe), micro_batches=1), [], {})
+    with pytest.raises(OSError, match="file"):
+        saver.wait()
+
+
+def test_parts_of_several_ranks_make_one_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    """Rank 0 commits only when every part is there."""
+    engine = PlainEngine(build_model(recipe), micro_batches=1)
+    token = new_token()
+    savers = [Saver(tmp_path, token, rank, 2, allowed=lambda: None) for rank in range(2)]
+    savers[0].save(4, engine, [], {})
+    assert committed(tmp_path) == []
+    savers[1].save(4, engine, [], {})
+    for saver in savers:
+        saver.wait()
+    assert sorted(committed(tmp_path)[0].manifest()["files"]) == [
+        "curve.json",
+        "part-00000.safetensors",
+        "part-00001.safetensors",
+    ]
+
+
+def test_pruning_keeps_the_newest_and_clears_what_was_never_committed(
+    recipe: Recipe, data: Data, tmp_path: Path
+) -> None:
+    trained(recipe, data, tmp_path)
+    (tmp_path / "000000006-dead").mkdir()
+    (tmp_path / "000000016-busy").mkdir()  # being written
+    prune(tmp_path, keep=2)
+    assert [checkpoint.steps for checkpoint in committed(tmp_path)] == [8, 12]
+    assert not (tmp_path / "000000006-dead").exists()
+    assert (tmp_path / "000000016-busy").exists()
+
+
+def test_nothing_in_a_checkpoint_is_executable(recipe: Recipe, data: Data, tmp_path: Path) -> None:
+    trained(recipe, data, tmp_path)
+    for path in committed(tmp_path)[0].path.iterdir():
+        assert path.suffix in {".json", ".safetensors"}
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+
+
+def test_another_models_checkpoint_is_refused(recipe: Recipe, data: Data, tmp_path: Path) -> None:
+    trained(recipe, data, tmp_path)
+    fixed = build_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"adaptive": False})}))
+    with pytest.raises(DamagedCheckpointError, match="parameters differ"):
+        restore(committed(tmp_path)[0], fixed)

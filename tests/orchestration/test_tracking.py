@@ -1,0 +1,87 @@
+"""MLflow gets each point once; against a real store."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestration.checkpoints import Points, Saver, committed, new_token
+from orchestration.engine import PlainEngine
+from orchestration.rank import build_model
+from orchestration.recipe import Recipe, RecipeError
+from orchestration.run_folder import RunFolder
+from orchestration.tracking import Tracker, tracking_uri
+
+
+@pytest.fixture
+def folder(recipe: Recipe, home: Path) -> RunFolder:
+    folder = RunFolder.of(recipe)
+    folder.claim(recipe)
+    folder.note(data={"train": "abc", "eval": "def"})
+    return folder
+
+
+def points(first: int, last: int, attempt: int = 0) -> Points:
+    """Two curves; a later attempt makes the same steps at other times."""
+    steps = range(first, last)
+    return [(name, step / 10, 1000 * attempt + step, step) for step in steps for name in ("loss/total", "slots/kept")]
+
+
+def read_back(tracker: Tracker, name: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in tracker.client.get_metric_history(tracker.run_id, name))
+
+
+def commit(recipe: Recipe, folder: RunFolder, steps: int, made: Points) -> None:
+    saver = Saver(folder.checkpoints, new_token(), 0, 1, allowed=lambda: None)
+    saver.save(steps, PlainEngine(build_model(recipe), micro_batches=1), made, {"steps": steps})
+    saver.wait()
+
+
+def test_points_of_committed_checkpoints_arrive_once_through_restarts_and_redone_steps(
+    recipe: Recipe, folder: RunFolder
+) -> None:
+    commit(recipe, folder, 4, points(1, 5))
+    first = Tracker(recipe, folder)
+    first.send_committed()
+    first.send_committed()
+    commit(recipe, folder, 8, points(5, 9))
+    # A driver died here; the steps after 4 were redone by a later one, at other times.
+    commit(recipe, folder, 8, points(5, 9, attempt=1))
+    commit(recipe, folder, 12, points(9, 13, attempt=1))
+    second = Tracker(recipe, folder)
+    assert second.run_id == first.run_id
+    second.send_committed()
+    Tracker(recipe, folder).send_committed()
+    for name in ("loss/total", "slots/kept"):
+        assert read_back(second, name) == [(step, step / 10) for step in range(1, 13)]
+
+
+def test_more_points_than_one_call_takes(recipe: Recipe, folder: RunFolder) -> None:
+    tracker = Tracker(recipe, folder)
+    tracker.send(points(1, 1501))
+    assert len(read_back(tracker, "loss/total")) == 1500
+
+
+def test_checkpoints_are_deleted_only_after_their_points_are_sent(recipe: Recipe, folder: RunFolder) -> None:
+    for steps in range(4, 24, 4):
+        commit(recipe, folder, steps, points(steps - 3, steps + 1))
+    tracker = Tracker(recipe, folder)
+    tracker.send_committed()
+    assert [checkpoint.steps for checkpoint in committed(folder.checkpoints)] == [12, 16, 20]
+    assert read_back(tracker, "loss/total") == [(step, step / 10) for step in range(1, 21)]
+
+
+def test_a_run_tells_its_recipe_and_its_data(recipe: Recipe, folder: RunFolder) -> None:
+    tracker = Tracker(recipe, folder)
+    run = tracker.client.get_run(tracker.run_id)
+    assert run.info.run_name == "small"
+    assert run.data.params["train.batch_size"] == "16"
+    assert run.data.params["model.encoder_strides"] == "[2, 1]"
+    assert run.data.tags["slotforge.data.train"] == "abc"
+    assert run.data.tags["slotforge.recipe_digest"] == recipe.digest()
+    assert [artifact.path for artifact in tracker.client.list_artifacts(tracker.run_id)] == ["recipe.yaml"]
+
+
+def test_a_relative_store_is_refused(recipe: Recipe) -> None:
+    relative = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"uri": "sqlite:///mlflow.db"})})
+    with pytest.raises(RecipeError, match=r"tracking.uri: 'sqlite:///mlflow.db' is relative; write sqlite:////"):
+        tracking_uri(relative)

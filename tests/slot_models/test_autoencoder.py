@@ -1,0 +1,256 @@
+"""The published Tetrominoes model and the demo recipe's: what must hold from image to reconstruction."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from einops import einsum
+from slot_oracles import distance
+from torch import Tensor
+
+from slot_models import SlotAutoencoder, SlotOutput, build_autoencoder
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+DEMO = yaml.safe_load((RECIPES / "demo.yaml").read_text())["model"]
+PUBLISHED = {"image_size": 35, "num_slots": 4, "adaptive": False}
+MODELS = {"tetrominoes": PUBLISHED, "tetrominoes with a gate": PUBLISHED | {"adaptive": True}, "demo": DEMO}
+SMALL = {"image_size": 9, "num_slots": 5, "slot_dim": 8, "hidden_dim": 8, "encoder_strides": (3, 1)}
+each_model = pytest.mark.parametrize("sizes", list(MODELS.values()), ids=list(MODELS))
+
+
+def build(sizes: dict[str, Any], seed: int = 0) -> SlotAutoencoder:
+    torch.manual_seed(seed)
+    return build_autoencoder(**sizes)
+
+
+def blocks(count: int, size: int) -> Tensor:
+    """Images with two coloured blocks on grey, in [-1, 1]: float32 [count, 3, size, size]."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.full((count, 3, size, size), -0.5)
+    for image in images:
+        for _ in range(2):
+            top, left = torch.randint(0, size - size // 3, (2,), generator=generator).tolist()
+            colour = torch.randint(0, 2, (3, 1, 1), generator=generator) * 2.0 - 1
+            image[:, top : top + size // 3, left : left + size // 3] = colour
+    return images
+
+
+def noises(sizes: dict[str, Any], batch: int, seed: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randn(batch, sizes["num_slots"], sizes.get("slot_dim", 64), generator=generator)
+    uniform = torch.rand(batch, sizes["num_slots"], 2, generator=generator).clamp(1e-6, 1 - 1e-6)
+    return slots, -(-uniform.log()).log()
+
+
+def loss_of(output: SlotOutput, images: Tensor, keep_weight: float) -> Tensor:
+    error = (output.reconstruction - images).square().mean()
+    return error + keep_weight * output.keep.mean() + output.gate_term.mean()
+
+
+@each_model
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("keep_weight", [0.0, 0.1])
+def test_every_parameter_gets_a_gradient(sizes: dict[str, Any], gated: bool, keep_weight: float) -> None:
+    model, images = build(sizes), blocks(2, sizes["image_size"])
+    output = model(images, *noises(sizes, 2), gated=gated)
+    assert gated or (output.keep == 1).all()
+    loss_of(output, images, keep_weight).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if name.startswith("gate.") and not gated:
+            assert (parameter.grad == 0).all(), name
+        elif name != "slot_attention.norm_slots.bias":  # shared by all slots, so their softmax does not see it
+            assert parameter.grad.abs().max() > 0, name
+
+
+@each_model
+def test_the_result_of_an_image_does_not_depend_on_its_batch(sizes: dict[str, Any]) -> None:
+    model, images = build(sizes).double(), blocks(3, sizes["image_size"]).double()
+    slot_noise, gate_noise = noises(sizes, 3)
+    with torch.no_grad():
+        for arguments in ((), (slot_noise, gate_noise)):
+            together = model(images, *arguments)
+            for row in (0, 2):
+                alone = model(images[row : row + 1], *(noise[row : row + 1] for noise in arguments))
+                for name, part in alone._asdict().items():
+                    assert distance(part[0], getattr(together, name)[row]) <= 1e-10, name
+
+
+@each_model
+def test_without_noise_a_result_is_a_function_of_image_and_weights(sizes: dict[str, Any]) -> None:
+    model, images = build(sizes), blocks(2, sizes["image_size"])
+    with torch.no_grad():
+        state, first = torch.get_rng_state(), model.train()(images)
+        assert torch.equal(torch.get_rng_state(), state)
+        copy = build(sizes, seed=9).eval()
+        copy.load_state_dict(model.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(copy(images), first, strict=True))
+
+
+@each_model
+def test_an_output_has_the_documented_shapes_and_values(sizes: dict[str, Any]) -> None:
+    batch, num_slots, size = 2, sizes["num_slots"], sizes["image_size"]
+    output = build(sizes)(blocks(batch, size), *noises(sizes, batch))
+    assert {name: tuple(part.shape) for name, part in output._asdict().items()} == {
+        "slots": (batch, num_slots, sizes.get("slot_dim", 64)),
+        "keep": (batch, num_slots),
+        "keep_probability": (batch, num_slots),
+        "masks": (batch, num_slots, size, size),
+        "pictures": (batch, num_slots, 3, size, size),
+        "reconstruction": (batch, 3, size, size),
+        "gate_term": (batch,),
+    }
+    assert (output.gate_term == 0).all()
+    assert set(output.keep.unique().tolist()) <= {0.0, 1.0} and (output.keep.sum(dim=1) >= 1).all()
+    assert ((output.keep_probability >= 0) & (output.keep_probability <= 1)).all()
+    assert (output.masks >= 0).all() and (output.masks.sum(dim=1) <= 1 + 1e-6).all()
+    if not sizes["adaptive"]:
+        assert (output.keep == 1).all() and (output.keep_probability == 1).all()
+        assert (output.masks.sum(dim=1) - 1).abs().max() <= 2e-5
+
+
+def half_dropped(seed: int) -> tuple[SlotAutoencoder, tuple[Tensor, Tensor, Tensor]]:
+    """A model in float64, and images and noises with which its gate keeps some slots and drops others."""
+    model = build(SMALL, seed).double()
+    slot_noise, gate_noise = noises(SMALL, 6, seed)
+    arguments = (blocks(6, 9).double(), slot_noise.double(), gate_noise.double())
+    keep = model(*arguments).keep
+    assert 0 < keep.mean() < 1
+    return model, arguments
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reconstruction_mixes_the_pictures_of_the_kept_slots_alone(seed: int) -> None:
+    model, arguments = half_dropped(seed)
+    output = model(*arguments)
+    _, mask_logits = model.decoder(output.slots)
+    for image in range(6):
+        kept = output.keep[image] > 0.5
+        weights = mask_logits[image, kept].softmax(dim=0)
+        share = mask_logits[image].softmax(dim=0)[kept].sum(dim=0)
+        expected = einsum(weights, output.pictures[image, kept], "k h w, k c h w -> c h w") * share / (share + 1e-5)
+        assert distance(output.reconstruction[image], expected) <= 1e-10
+        assert (output.masks[image, ~kept] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_dropped_slot_paints_has_no_effect_on_the_reconstruction(seed: int) -> None:
+    model, arguments = half_dropped(seed)
+    before = model(*arguments)
+    dropped = before.keep < 0.5
+
+    def repaint(module: Any, inputs: Any, decoded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        pictures, mask_logits = decoded
+        return pictures + 1e3 * dropped[:, :, None, None, None], mask_logits
+
+    with model.decoder.register_forward_hook(repaint):
+        after = model(*arguments)
+    assert not torch.equal(after.pictures, before.pictures)
+    assert torch.equal(after.reconstruction, before.reconstruction)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("keep_weight", [0.0, 0.3])
+def test_the_gate_learns_from_the_slope_of_the_error_or_from_the_difference_a_decision_makes(
+    seed: int, keep_weight: float
+) -> None:
+    model, (images, slot_noise, gate_noise) = half_dropped(seed)
+    found = {}
+    for model.gate_gradient in ("slope", "difference"):
+        output = model(images, slot_noise, gate_noise, temperature=0.7)
+        bias = model.gate.logits.bias
+        (found[model.gate_gradient],) = torch.autograd.grad(6 * loss_of(output, images, keep_weight), bias)
+
+        # The straight-through gradient, with what stands for d error / d keep worked out apart.
+        keep = model.gate(output.slots.detach(), gate_noise, 0.7).keep
+        pictures, mask_logits = (part.detach() for part in model.decoder(output.slots))
+
+        def errors(decided: Tensor, pictures: Tensor = pictures, mask_logits: Tensor = mask_logits) -> Tensor:
+            alpha = mask_logits.softmax(dim=1) * decided[:, :, None, None]
+            mixed = einsum(alpha, pictures, "b k h w, b k c h w -> b c h w") / (alpha.sum(1)[:, None] + 1e-5)
+            return (mixed - images).square().mean(dim=(1, 2, 3))
+
+        if model.gate_gradient == "slope":
+            effect = torch.autograd.functional.jacobian(lambda decided: errors(decided).sum(), keep.detach())
+        else:
+            columns = [[keep.detach().index_fill(1, torch.tensor(k), value) for value in (1, 0)] for k in range(5)]
+            effect = torch.stack([errors(kept) - errors(dropped) for kept, dropped in columns], dim=1)
+        (expected,) = torch.autograd.grad(((effect + keep_weight / 5) * keep).sum(), bias)
+        assert distance(found[model.gate_gradient], expected) <= 1e-8
+    assert distance(found["slope"], found["difference"]) > 0.01
+
+
+def test_the_temperature_reaches_the_gate_and_changes_no_value() -> None:
+    model, arguments = half_dropped(0)
+    found = []
+    for temperature in (0.5, 1.0):
+        output = model(*arguments, temperature=temperature)
+        (gradient,) = torch.autograd.grad(output.keep.sum(), model.gate.logits.bias, retain_graph=True)
+        found.append((output.reconstruction, gradient))
+    assert torch.equal(found[0][0], found[1][0]) and distance(found[0][1], found[1][1]) > 0.01
+
+
+def test_the_published_tetrominoes_model_has_the_parameters_of_its_tables() -> None:
+    def conv(kernel: int, inputs: int, outputs: int) -> int:
+        return kernel**2 * inputs * outputs + outputs
+
+    def dense(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
+    def norm(width: int) -> int:
+        return 2 * width
+
+    position = {32: dense(4, 32), 64: dense(4, 64)}
+    encoder = conv(5, 3, 32) + 3 * conv(5, 32, 32) + position[32] + norm(32) + 2 * dense(32, 32)
+    initial, projections = 2 * 64, 64 * 64 + 2 * 32 * 64  # mu, log_sigma; q, k, v
+    gru = 2 * 3 * (64 * 64 + 64)  # kernel and recurrent kernel, each with a bias, of three gates
+    mlp = norm(64) + dense(64, 128) + dense(128, 64)
+    attention = initial + norm(32) + norm(64) + projections + gru + mlp
+    decoder = position[64] + conv(5, 64, 32) + 2 * conv(5, 32, 32) + conv(3, 32, 4)
+    gate = norm(64) + dense(64, 4 * 64) + dense(4 * 64, 2)
+    assert (encoder, attention, decoder, gate) == (81_664, 50_176, 103_972, 17_282)
+
+    def count(model: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    published, gated = build(PUBLISHED), build({"image_size": 35, "num_slots": 4})
+    assert (count(published.encoder), count(published.slot_attention), count(published.decoder)) == (
+        encoder,
+        attention,
+        decoder,
+    )
+    assert count(published) == encoder + attention + decoder == 235_812
+    assert count(gated) == count(published) + gate
+
+
+@each_model
+def test_a_few_optimiser_steps_reduce_the_loss(sizes: dict[str, Any]) -> None:
+    model, images = build(sizes), blocks(2, sizes["image_size"])
+    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
+    losses = []
+    for step in range(12):
+        loss = loss_of(model(images, *noises(sizes, 2, step)), images, 0.0)
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert min(losses[-3:]) < 0.7 * losses[0], losses
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("decoder_patch", {"decoder_patch": 2}),
+        ("strides", {"encoder_strides": (2,)}),
+        ("kernel", {"encoder_kernel": 4}),
+        ("kernel", {"decoder_kernel": 11}),
+        ("output_kernel", {"decoder_output_kernel": 11}),
+        ("num_slots", {"num_slots": 0}),
+        ("iters", {"iterations": 0}),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_named(name: str, sizes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        build(SMALL | sizes)

@@ -1,0 +1,56 @@
+"""A run that is killed, interrupted and damaged on its way has the curve of its undisturbed twin."""
+
+import os
+import signal
+
+from conftest import RECIPE, Run, kill_everything, wait, workers
+
+STEPS = RECIPE["train"]["steps"]
+
+
+def test_kills_interrupts_and_a_torn_checkpoint_leave_no_trace_in_the_curve(twin: tuple[Run, str]) -> None:
+    undisturbed, _ = twin
+    run = Run(undisturbed.home, "disturbed")
+
+    # kill -9 of a worker: the run goes on by itself.
+    driver = run.start()
+    run.wait_for_step(40, driver)
+    victims = workers(driver)
+    assert len(victims) == 2
+    victims[1].kill()
+    at_kill = run.newest_step()
+    run.wait_for_step(at_kill + 20, driver)
+
+    # A second driver is refused while the first one lives.
+    code, output = run.finish(run.start())
+    assert code == 3, output
+    assert f"process {driver.pid} on" in output
+
+    # Ctrl-C.
+    os.kill(driver.pid, signal.SIGINT)
+    code, output = run.finish(driver)
+    assert code == 130, output
+    assert "the same command goes on from the last checkpoint" in output
+    assert run.client.get_run(run.run_id).info.status == "KILLED"
+    assert run.newest_step() < STEPS, "the interrupt came too late to test anything"
+
+    # The newest checkpoint is torn; then kill -9 of the driver.
+    newest = max(run.folder.glob("checkpoints/[0-9]*/manifest.json")).parent
+    part = newest / "part-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:100])
+    before = run.newest_step()
+    driver = run.start()
+    wait(lambda: (newest.parent / f"damaged-{newest.name}").exists() or driver.poll() is not None)
+    run.wait_for_step(before, driver)
+    kill_everything(driver)
+    assert run.newest_step() < STEPS, "the kill came too late to test anything"
+
+    # The same command once more, to the end.
+    code, output = run.finish(run.start())
+    assert code == 0, output
+    assert f"going on from step {before}" in output
+
+    ours, theirs = run.curves(), undisturbed.curves()
+    assert ours.keys() == theirs.keys()
+    for name, points in theirs.items():
+        assert ours[name] == points, name  # each step once, and bit for bit: the world size did not change
