@@ -254,6 +254,21 @@ def test_a_fresh_module_has_the_original_initial_values() -> None:
     assert len(biases) == 7 and all(parameters[name].count_nonzero() == 0 for name in biases)
 
 
+@pytest.mark.parametrize("initial", ["shared", "per_slot"])
+def test_initial_sigma_is_the_spread_of_fresh_initial_slots(initial: Any) -> None:
+    torch.manual_seed(0)
+    attention = SlotAttention(4, 16, initial=initial, initial_sigma=0.25)
+    slots = attention.initial_slots(2000, 4, normal(2000, 4, 16).float())
+    assert distance(slots.std(dim=0), torch.full((4, 16), 0.25)) <= 0.1
+    assert distance(slots.mean(dim=0), attention.slots_mu.expand(4, -1)) <= 0.1
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan")])
+def test_an_initial_sigma_that_is_not_positive_is_named(sigma: float) -> None:
+    with pytest.raises(ValueError, match=r"^initial_sigma: "):
+        SlotAttention(4, 8, initial_sigma=sigma)
+
+
 @pytest.mark.parametrize("name", ["num_slots", "dim", "iters", "hidden_dim", "input_dim"])
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_size_that_is_not_positive_is_named(name: str, size: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from einops import einsum
-from slot_oracles import distance
+from slot_oracles import distance, randomise
 from torch import Tensor
 
 from slot_models import SlotAutoencoder, SlotOutput, build_autoencoder
@@ -114,6 +114,7 @@ def test_an_output_has_the_documented_shapes_and_values(sizes: dict[str, Any]) -
 def half_dropped(seed: int) -> tuple[SlotAutoencoder, tuple[Tensor, Tensor, Tensor]]:
     """A model in float64, and images and noises with which its gate keeps some slots and drops others."""
     model = build(SMALL, seed).double()
+    randomise(model, seed)
     slot_noise, gate_noise = noises(SMALL, 6, seed)
     arguments = (blocks(6, 9).double(), slot_noise.double(), gate_noise.double())
     keep = model(*arguments).keep

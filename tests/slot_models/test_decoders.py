@@ -24,10 +24,10 @@ SIZES = [
 ]
 
 
-def build(sizes: tuple[int, ...]) -> SpatialBroadcastDecoder:
+def build(sizes: tuple[int, ...], mask: Any = "pixel") -> SpatialBroadcastDecoder:
     grid, kernel, output_kernel, layers, patch, channels, slot_dim = sizes
     torch.manual_seed(0)
-    decoder = SpatialBroadcastDecoder(slot_dim, grid, channels, layers, kernel, output_kernel, patch).double()
+    decoder = SpatialBroadcastDecoder(slot_dim, grid, channels, layers, kernel, output_kernel, patch, mask).double()
     randomise(decoder)
     return decoder
 
@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def plain(weights: dict[str, Tensor], ramp: Tensor, slots: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+def plain(weights: dict[str, Tensor], ramp: Tensor, slots: Tensor, patch: int, mask: str) -> tuple[Tensor, Tensor]:
     """One slot at a time (Watters et al. 2019; Locatello et al. 2020): broadcast, position, convolutions, patches."""
     code = ramp @ weights["position.weight"].T + weights["position.bias"]
     kernels = [(weights["first_weight"], weights["first_bias"])]
@@ -53,17 +53,20 @@ def plain(weights: dict[str, Tensor], ramp: Tensor, slots: Tensor, patch: int) -
         image = torch.empty(4, len(ramp) * patch, len(ramp) * patch, dtype=slots.dtype)
         for down in range(patch):
             for right in range(patch):  # channel c p^2 + down p + right is pixel (down, right) of each cell
-                image[:, down::patch, right::patch] = cells[down * patch + right :: patch**2]
+                colours = cells[: 3 * patch**2]
+                image[:3, down::patch, right::patch] = colours[down * patch + right :: patch**2]
+                image[3, down::patch, right::patch] = cells[3 * patch**2 + (down * patch + right) * (mask == "pixel")]
         images.append(image)
     pixels = torch.stack(images).unflatten(0, slots.shape[:2])
     return pixels[:, :, :3], pixels[:, :, 3]
 
 
+@pytest.mark.parametrize("mask", ["pixel", "cell"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_the_factorised_decoder_equals_the_plain_one(sizes: tuple[int, ...]) -> None:
-    decoder, slots = build(sizes), normal(2, 3, sizes[-1]).requires_grad_()
+def test_the_factorised_decoder_equals_the_plain_one(sizes: tuple[int, ...], mask: str) -> None:
+    decoder, slots = build(sizes, mask), normal(2, 3, sizes[-1]).requires_grad_()
     weights = dict(decoder.named_parameters())
-    ours, expected = decoder(slots), plain(weights, decoder.coordinates, slots, sizes[4])
+    ours, expected = decoder(slots), plain(weights, decoder.coordinates, slots, sizes[4], mask)
     for mine, theirs in zip(ours, expected, strict=True):
         assert distance(mine, theirs) <= 1e-12
 
@@ -77,9 +80,10 @@ def test_the_factorised_decoder_equals_the_plain_one(sizes: tuple[int, ...]) -> 
     assert gradient_distance(mine, theirs) <= 1e-10
 
 
+@pytest.mark.parametrize("mask", ["pixel", "cell"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_pictures_and_mask_logits_have_the_size_of_the_image(sizes: tuple[int, ...]) -> None:
-    pictures, mask_logits = build(sizes)(normal(2, 5, sizes[-1]))
+def test_pictures_and_mask_logits_have_the_size_of_the_image(sizes: tuple[int, ...], mask: str) -> None:
+    pictures, mask_logits = build(sizes, mask)(normal(2, 5, sizes[-1]))
     side = sizes[0] * sizes[4]
     assert pictures.shape == (2, 5, 3, side, side) and mask_logits.shape == (2, 5, side, side)
 
