@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,11 @@ def ray_cluster(recipe: Recipe) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
     if not os.environ.get("RAY_ADDRESS"):
+        ours = os.environ.get("RAY_AUTH_MODE") == "token"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file(state_home() / "ray-token"))
+        if "ray" in sys.modules and not ours:
+            raise RuntimeError("ray was imported before slotforge could give it a token; import it afterwards")
     import ray
 
     if os.environ.get("RAY_ADDRESS"):

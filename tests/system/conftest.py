@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,18 +32,18 @@ RECIPE = {
         "decoder_patch": 3,
     },
     "train": {
-        "steps": 200,
+        "steps": 600,
         "batch_size": 31,
         "learning_rate": 2e-3,
         "warmup_steps": 20,
         "clip_norm": 1.0,
         "keep_weight": 0.05,
-        "gate_from": 50,
-        "checkpoint_every": 20,
+        "gate_from": 150,
+        "checkpoint_every": 30,
     },
     "parallel": {"workers": {"min": 2, "max": 2}, "device": "cpu"},
-    "tracking": {"every": 5},
-    "evaluate": {"every": 50, "batch_size": 32},
+    "tracking": {"every": 10},
+    "evaluate": {"every": 150, "batch_size": 32},
 }
 PATIENCE = 240  # seconds that a step of a test may take on a busy machine
 
@@ -150,9 +150,9 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One state folder for all system tests: the shards are rendered once."""
-    yield tmp_path_factory.mktemp("home")
+    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="session")

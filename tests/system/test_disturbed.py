@@ -14,12 +14,12 @@ def test_kills_interrupts_and_a_torn_checkpoint_leave_no_trace_in_the_curve(twin
 
     # kill -9 of a worker: the run goes on by itself.
     driver = run.start()
-    run.wait_for_step(40, driver)
+    run.wait_for_step(60, driver)
     victims = workers(driver)
     assert len(victims) == 2
     victims[1].kill()
     at_kill = run.newest_step()
-    run.wait_for_step(at_kill + 20, driver)
+    run.wait_for_step(at_kill + 30, driver)
 
     # A second driver is refused while the first one lives.
     code, output = run.finish(run.start())
