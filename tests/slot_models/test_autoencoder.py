@@ -1,5 +1,6 @@
 """The published Tetrominoes model and the demo recipe's: what must hold from image to reconstruction."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,9 @@ def test_an_output_has_the_documented_shapes_and_values(sizes: dict[str, Any]) -
         assert (output.masks.sum(dim=1) - 1).abs().max() <= 2e-5
 
 
-def half_dropped(seed: int) -> tuple[SlotAutoencoder, tuple[Tensor, Tensor, Tensor]]:
+def half_dropped(seed: int, **options: Any) -> tuple[SlotAutoencoder, tuple[Tensor, Tensor, Tensor]]:
     """A model in float64, and images and noises with which its gate keeps some slots and drops others."""
-    model = build(SMALL, seed).double()
+    model = build(SMALL | options, seed).double()
     randomise(model, seed)
     slot_noise, gate_noise = noises(SMALL, 6, seed)
     arguments = (blocks(6, 9).double(), slot_noise.double(), gate_noise.double())
@@ -152,35 +153,47 @@ def test_what_a_dropped_slot_paints_has_no_effect_on_the_reconstruction(seed: in
     assert torch.equal(after.reconstruction, before.reconstruction)
 
 
+def error_of(images: Tensor, pictures: Tensor, mask_logits: Tensor, keep: Tensor) -> Tensor:
+    """Of the paper's mixture: mean squared error over an image's values. [B]"""
+    alpha = mask_logits.softmax(dim=1) * keep[:, :, None, None]
+    mixed = einsum(alpha, pictures, "b k h w, b k c h w -> b c h w") / (alpha.sum(dim=1)[:, None] + 1e-5)
+    return (mixed - images).square().mean(dim=(1, 2, 3))
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("keep_weight", [0.0, 0.3])
 def test_the_gate_learns_from_the_slope_of_the_error_or_from_the_difference_a_decision_makes(
     seed: int, keep_weight: float
 ) -> None:
-    model, (images, slot_noise, gate_noise) = half_dropped(seed)
     found = {}
-    for model.gate_gradient in ("slope", "difference"):
+    for gate_gradient in ("slope", "difference"):
+        model, (images, slot_noise, gate_noise) = half_dropped(seed, gate_gradient=gate_gradient)
         output = model(images, slot_noise, gate_noise, temperature=0.7)
         bias = model.gate.logits.bias
-        (found[model.gate_gradient],) = torch.autograd.grad(6 * loss_of(output, images, keep_weight), bias)
+        (found[gate_gradient],) = torch.autograd.grad(6 * loss_of(output, images, keep_weight), bias)
 
         # The straight-through gradient, with what stands for d error / d keep worked out apart.
         keep = model.gate(output.slots.detach(), gate_noise, 0.7).keep
-        pictures, mask_logits = (part.detach() for part in model.decoder(output.slots))
-
-        def errors(decided: Tensor, pictures: Tensor = pictures, mask_logits: Tensor = mask_logits) -> Tensor:
-            alpha = mask_logits.softmax(dim=1) * decided[:, :, None, None]
-            mixed = einsum(alpha, pictures, "b k h w, b k c h w -> b c h w") / (alpha.sum(1)[:, None] + 1e-5)
-            return (mixed - images).square().mean(dim=(1, 2, 3))
-
-        if model.gate_gradient == "slope":
-            effect = torch.autograd.functional.jacobian(lambda decided: errors(decided).sum(), keep.detach())
+        error = partial(error_of, images, *(part.detach() for part in model.decoder(output.slots)))
+        if gate_gradient == "slope":
+            effect = torch.autograd.functional.jacobian(lambda kept, error=error: error(kept).sum(), keep.detach())
         else:
             columns = [[keep.detach().index_fill(1, torch.tensor(k), value) for value in (1, 0)] for k in range(5)]
-            effect = torch.stack([errors(kept) - errors(dropped) for kept, dropped in columns], dim=1)
+            effect = torch.stack([error(kept) - error(dropped) for kept, dropped in columns], dim=1)
         (expected,) = torch.autograd.grad(((effect + keep_weight / 5) * keep).sum(), bias)
-        assert distance(found[model.gate_gradient], expected) <= 1e-8
+        assert distance(found[gate_gradient], expected) <= 1e-8
     assert distance(found["slope"], found["difference"]) > 0.01
+
+
+def test_noise_reaches_the_slots_and_the_gate_and_the_gates_gradient_reaches_the_slots() -> None:
+    model, (images, slot_noise, gate_noise) = half_dropped(0)
+    output = model(images, slot_noise, gate_noise)
+    slots = model.slot_attention(model.encoder(images), noise=slot_noise)
+    decided = model.gate(slots, gate_noise)
+    assert torch.equal(output.slots, slots) and torch.equal(output.keep, decided.keep)
+    assert torch.equal(output.keep_probability, decided.probability)
+    ways = [torch.autograd.grad(keep.sum(), model.encoder.mlp[2].weight)[0] for keep in (output.keep, decided.keep)]
+    assert distance(*ways) <= 1e-10 and ways[1].abs().max() > 0
 
 
 def test_the_temperature_reaches_the_gate_and_changes_no_value() -> None:
@@ -229,7 +242,7 @@ def test_the_published_tetrominoes_model_has_the_parameters_of_its_tables() -> N
 @each_model
 def test_a_few_optimiser_steps_reduce_the_loss(sizes: dict[str, Any]) -> None:
     model, images = build(sizes), blocks(2, sizes["image_size"])
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-4)
     losses = []
     for step in range(12):
         loss = loss_of(model(images, *noises(sizes, 2, step)), images, 0.0)
@@ -237,7 +250,7 @@ def test_a_few_optimiser_steps_reduce_the_loss(sizes: dict[str, Any]) -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert min(losses[-3:]) < 0.7 * losses[0], losses
+    assert min(losses[-3:]) < 0.75 * losses[0], losses
 
 
 @pytest.mark.parametrize(
