@@ -89,10 +89,8 @@ class SlotAttention(nn.Module):
             nn.init.constant_(self.slots_log_sigma, math.log(self.initial_sigma))
         for parameter in (self.to_query, self.to_key, self.to_value):
             nn.init.xavier_uniform_(parameter)
-        for gate in self.gru.weight_ih.chunk(3):
-            nn.init.xavier_uniform_(gate)
-        for gate in self.gru.weight_hh.chunk(3):
-            nn.init.orthogonal_(gate)
+        nn.init.xavier_uniform_(self.gru.weight_ih)  # over the three gates at once, as Keras does
+        nn.init.orthogonal_(self.gru.weight_hh)
         for bias in (self.gru.bias_ih, self.gru.bias_hh):
             nn.init.zeros_(bias)
         for layer in self.mlp:

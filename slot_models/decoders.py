@@ -70,11 +70,6 @@ class SpatialBroadcastDecoder(nn.Module):
 
         self.coordinates: Tensor
         self.register_buffer("coordinates", coordinates(grid, grid), persistent=False)
-        # Cell i of the grid takes the value of cell border[i] of the small canvas.
-        self.border: Tensor
-        middle = torch.full((grid - kernel + 1,), self.padding)
-        border = torch.cat([torch.arange(self.padding), middle, torch.arange(self.padding + 1, kernel)])
-        self.register_buffer("border", border, persistent=False)
 
     def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> pictures [B, K, 3, H, W], mask logits [B, K, H, W]."""
@@ -96,4 +91,11 @@ class SpatialBroadcastDecoder(nn.Module):
         kernel = self.first_weight.shape[-1]
         canvas = repeat(slots, "n d -> n d h w", h=kernel, w=kernel).contiguous(memory_format=torch.channels_last)
         small = functional.conv2d(canvas, self.first_weight, padding=self.padding)  # [BK, C, kernel, kernel]
-        return small[:, :, self.border][:, :, :, self.border] + shared
+        return self._stretch(self._stretch(small, dim=2), dim=3) + shared
+
+    def _stretch(self, small: Tensor, dim: int) -> Tensor:
+        """Repeats the middle of a canvas until it is as long as the grid; its borders stay."""
+        first, middle, last = small.split([self.padding, 1, self.padding], dim=dim)
+        sizes = [-1] * small.dim()
+        sizes[dim] = self.grid - 2 * self.padding
+        return torch.cat([first, middle.expand(sizes), last], dim=dim)

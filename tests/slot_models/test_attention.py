@@ -235,21 +235,21 @@ def test_a_slot_that_loses_every_input_stays_finite(autocast: Any) -> None:
 def test_a_fresh_module_has_the_original_initial_values() -> None:
     torch.manual_seed(0)
     parameters = dict(SlotAttention(4, 64, input_dim=32).named_parameters())
-    bounds = {  # glorot: sqrt(6 / (fan_in + fan_out)), for each gate of the GRU on its own
+    bounds = {  # glorot: sqrt(6 / (fan_in + fan_out)), of the GRU as one kernel for its three gates
         "slots_mu": 6 / (1 + 64),
         "slots_log_sigma": 6 / (1 + 64),
         "to_query": 6 / (64 + 64),
         "to_key": 6 / (32 + 64),
         "to_value": 6 / (32 + 64),
-        "gru.weight_ih": 6 / (64 + 64),
+        "gru.weight_ih": 6 / (64 + 3 * 64),
         "mlp.1.weight": 6 / (64 + 128),
         "mlp.3.weight": 6 / (128 + 64),
     }
     for name, square in bounds.items():
         largest = parameters[name].abs().max().item()
         assert 0.9 * square**0.5 < largest <= square**0.5, name
-    for gate in parameters["gru.weight_hh"].chunk(3):
-        assert distance(gate @ gate.T, torch.eye(64)) <= 1e-5
+    recurrent = parameters["gru.weight_hh"]
+    assert distance(recurrent.T @ recurrent, torch.eye(64)) <= 1e-5
     biases = [name for name in parameters if "bias" in name]
     assert len(biases) == 7 and all(parameters[name].count_nonzero() == 0 for name in biases)
 

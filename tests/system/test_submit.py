@@ -28,7 +28,8 @@ def head(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     command = [ray, "start", "--head", "--block", "--port=0", "--num-cpus=2", "--dashboard-port=0"]
     log = home / "head.log"
     with log.open("w") as file:
-        environment = {**os.environ, "SLOTFORGE_HOME": str(home), "COLUMNS": "200"}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # an activated environment
+        environment = {**os.environ, "SLOTFORGE_HOME": str(home), "COLUMNS": "200", "PATH": path}
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
