@@ -38,7 +38,7 @@ demo: env ## train the demo recipe, to a registered model and its picture; ARGS=
 	$(BIN)/python -m orchestration.train --recipe demo $(ARGS)
 
 test: dev ## fast tests, then the short system tests (15 minutes at most)
-	$(BIN)/python -m pytest -m "not slow" tests/test_layout.py tests/slot_models tests/pipelines tests/orchestration tests/system
+	$(BIN)/python -m pytest -m "not slow" tests/test_layout.py tests/test_readme.py tests/slot_models tests/pipelines tests/orchestration tests/system
 
 test-all: dev ## the slow tests (an hour at most)
 	$(BIN)/python -m pytest -m slow tests

@@ -1,5 +1,7 @@
 """Pictures that explain a model: scenes with their slots, and counts."""
 
+from collections.abc import Mapping, Sequence
+
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
@@ -64,6 +66,18 @@ def confusion_figure(counts: SlotCounts) -> Figure:
         xticks=range(confusion.shape[1]),
         yticks=range(confusion.shape[0]),
     )
+    return figure
+
+
+def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Curves over steps, one above the other: name -> (step, value) points."""
+    figure = Figure(figsize=(7, 1.6 * len(curves)), layout="constrained", dpi=120)
+    axes = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axis, (name, points) in zip(axes, curves.items(), strict=True):
+        axis.plot(*zip(*points, strict=True), linewidth=1)
+        axis.set_ylabel(name, fontsize=7)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("step")
     return figure
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from orchestration.checkpoints import newest_valid, restore
 from orchestration.evaluate import Evaluation, evaluate
-from orchestration.pictures import confusion_figure, scene_figure
+from orchestration.pictures import confusion_figure, curves_figure, scene_figure
 from orchestration.rank import Data, build_model, evaluation_batches
 from orchestration.recipe import Recipe
 from orchestration.registry import Registered, load, register
@@ -21,6 +21,7 @@ from orchestration.tracking import Tracker
 from pipelines import read_index
 
 PICTURED = 6  # scenes in the picture
+PLOTTED = ("loss/reconstruction", "eval/fg_ari", "slots/kept_mean", "slots/count_error")
 
 
 def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, console: Console) -> None:
@@ -51,6 +52,8 @@ def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, cons
     figures = {"scenes.png": scene_figure(images, packaged.run(images))}
     if evaluation.counts is not None:
         figures["counts.png"] = confusion_figure(evaluation.counts)
+    curves = {name: tracker.points(name) for name in PLOTTED}
+    figures["curves.png"] = curves_figure({name: points for name, points in curves.items() if points})
     for name, figure in figures.items():
         figure.savefig(pictures / name)
         tracker.client.log_artifact(tracker.run_id, str(pictures / name), "pictures")
@@ -81,7 +84,7 @@ def _table(recipe: Recipe, evaluation: Evaluation, tracker: Tracker, registered:
             ),
             ("kept slots by objects", _counts_line(evaluation)),
         ]
-    seconds, waited = tracker.history("time/step"), tracker.history("time/data_wait")
+    seconds, waited = ([v for _, v in tracker.points(name)] for name in ("time/step", "time/data_wait"))
     if seconds:
         rows += [
             ("training speed", f"{recipe.train.batch_size / float(np.median(seconds)):.0f} images/s"),

@@ -79,9 +79,9 @@ class Tracker:
         for name, _, _, step in new:
             self._last[name] = max(step, self._last.get(name, -1))
 
-    def history(self, name: str) -> list[float]:
-        """A curve's values, in the order of their steps."""
-        return [m.value for m in sorted(self.client.get_metric_history(self.run_id, name), key=lambda m: m.step)]
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """A curve as (step, value), in the order of its steps; empty where there is none."""
+        return sorted((metric.step, metric.value) for metric in self.client.get_metric_history(self.run_id, name))
 
     def summarise(self, metrics: Mapping[str, float], step: int) -> None:
         """Final metrics: points of the last step. Not sent twice."""

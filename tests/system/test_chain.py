@@ -17,7 +17,7 @@ def test_one_command_goes_from_nothing_to_a_registered_model(twin: tuple[Run, st
         assert said in output
     assert f"mlflow ui --backend-store-uri {run.uri}" in output
     assert "slotforge predict IMAGE.png --model models:/slotforge-twin@champion" in output
-    assert {path.name for path in (run.folder / "pictures").iterdir()} == {"scenes.png", "counts.png"}
+    assert {path.name for path in (run.folder / "pictures").iterdir()} == {"scenes.png", "counts.png", "curves.png"}
     assert np.asarray(Image.open(run.folder / "pictures" / "scenes.png")).std() > 10
     assert run.client.get_run(run.run_id).info.status == "FINISHED"
     assert {a.path for a in run.client.list_artifacts(run.run_id)} >= {"recipe.yaml", "pictures"}
