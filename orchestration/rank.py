@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from pipelines import DataError, Index, Plan, Purpose, micro_batches, read_index
 from pipelines.noise import generator
 from pipelines.stream import Stream
 from slot_models import SlotAutoencoder, build_autoencoder
+
+logger = logging.getLogger(__name__)
 
 LIVE_SECONDS = 0.5
 FINAL_ERRORS = (DivergedError, DataError, DamagedCheckpointError, LeaseLostError)
@@ -138,6 +139,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     if moments is not None:
         engine.load_moments(moments, start)
 
+    logger.info("training from step %d on %d workers, %s, ZeRO stage %d", start, world, device, engine.zero_stage)
     curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots)
     saver = Saver(folder.checkpoints, token, rank, world, allowed=lambda: check_lease(folder, config["lease"]))
     held_out, evaluation_steps = evaluation_batches(recipe, data.eval, rank, world)
@@ -210,11 +212,10 @@ def _log_to(path: Path) -> None:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     for name in ("orchestration", "pipelines"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-    logging.getLogger(__name__).info("process %d, rank log opened", os.getpid())
+        package = logging.getLogger(name)
+        package.handlers = [handler]
+        package.setLevel(logging.INFO)
+        package.propagate = False
 
 
 __all__ = ["Data", "Engine", "build_model", "evaluation_batches", "train_bare", "train_rank", "training_stream"]

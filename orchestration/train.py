@@ -132,8 +132,8 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
         while thread.is_alive() and not failure.exists():
             thread.join(POLL_SECONDS)
             _show_live(folder.live, progress, bar)
-            for line in logs.new_warnings():
-                progress.console.print(f"[yellow]{line}[/]", highlight=False)
+            for line in logs.news():
+                progress.console.print(line, style="dim" if " INFO " in line else "yellow", highlight=False)
             tracker.send_committed()
     except KeyboardInterrupt:
         tracker.send_committed()
@@ -152,13 +152,13 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
 
 
 class LogTail:
-    """Warnings and errors that the ranks write to their logs from now on."""
+    """What the ranks write to their logs from now on: all of rank 0, warnings and errors of the others."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._read = {path: path.stat().st_size for path in folder.glob("rank-*.log")}
 
-    def new_warnings(self) -> list[str]:
+    def news(self) -> list[str]:
         lines = []
         for path in sorted(self._folder.glob("rank-*.log")):
             with path.open("rb") as file:
@@ -169,7 +169,7 @@ class LogTail:
             lines += [
                 f"{path.stem}: {line}"
                 for line in whole.decode(errors="replace").splitlines()
-                if " WARNING " in line or " ERROR " in line
+                if path.stem == "rank-0" or " INFO " not in line
             ]
         return lines
 

@@ -95,7 +95,8 @@ class SpatialBroadcastDecoder(nn.Module):
 
     def _stretch(self, small: Tensor, dim: int) -> Tensor:
         """Repeats the middle of a canvas until it is as long as the grid; its borders stay."""
-        first, middle, last = small.split([self.padding, 1, self.padding], dim=dim)
+        border = self.padding
         sizes = [-1] * small.dim()
-        sizes[dim] = self.grid - 2 * self.padding
-        return torch.cat([first, middle.expand(sizes), last], dim=dim)
+        sizes[dim] = self.grid - 2 * border
+        middle = small.narrow(dim, border, 1).expand(sizes)
+        return torch.cat([small.narrow(dim, 0, border), middle, small.narrow(dim, border + 1, border)], dim=dim)
