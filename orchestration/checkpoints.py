@@ -6,13 +6,14 @@ manifest with the digest of every file, written last. A folder without a manifes
 is executable.
 """
 
+import contextlib
 import json
 import logging
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from orchestration.engine import MOMENTS, Engine
 from orchestration.files import read_json, sha256, write_bytes, write_json
+from orchestration.worker import DivergedError
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +105,11 @@ class Checkpoint:
 
 def committed(folder: Path) -> list[Checkpoint]:
     """The checkpoints of a run, oldest first; those that are not committed are left out."""
-    found = [Checkpoint(path.parent) for path in folder.glob("[0-9]*/manifest.json")]
-    return sorted(found, key=lambda checkpoint: (checkpoint.steps, (checkpoint.path / "manifest.json").stat().st_mtime))
+    found = []
+    for path in folder.glob("[0-9]*/manifest.json"):
+        with contextlib.suppress(FileNotFoundError):  # put aside or pruned this moment
+            found.append((int(path.parent.name.partition("-")[0]), path.stat().st_mtime, Checkpoint(path.parent)))
+    return [checkpoint for _, _, checkpoint in sorted(found, key=lambda entry: entry[:2])]
 
 
 def newest_valid(folder: Path) -> Checkpoint | None:
@@ -113,18 +118,29 @@ def newest_valid(folder: Path) -> Checkpoint | None:
         try:
             checkpoint.validate()
         except DamagedCheckpointError as error:
-            aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
-            checkpoint.path.rename(aside)
-            logger.warning("damaged checkpoint: %s; using the one before, this one is now %s", error, aside.name)
+            put_aside(checkpoint, error)
         else:
             return checkpoint
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest ``keep`` checkpoints, and what older attempts left without a manifest."""
+def put_aside(checkpoint: Checkpoint, error: DamagedCheckpointError) -> None:
+    """Renames a damaged checkpoint, so that it is neither used nor deleted, and says so."""
+    aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
+    checkpoint.path.rename(aside)
+    logger.warning("damaged checkpoint: %s; using the one before, this one is now %s", error, aside.name)
+
+
+def prune(folder: Path, keep: int, sent: Container[str]) -> None:
+    """Deletes all but the newest ``keep`` checkpoints, and what older attempts left without a manifest.
+
+    Args:
+        sent: names of the checkpoints whose points have arrived; the others stay, however old.
+    """
     checkpoints = committed(folder)
     for checkpoint in checkpoints[:-keep]:
+        if checkpoint.path.name not in sent:
+            continue
         (checkpoint.path / "manifest.json").unlink()  # first, so that no half of it looks whole
         shutil.rmtree(checkpoint.path)
     if checkpoints:
@@ -153,6 +169,7 @@ class Saver:
 
         Raises:
             OSError, LeaseLostError, TimeoutError: the checkpoint before could not be written.
+            DivergedError: its state was not finite; it was not written.
         """
         self.wait()
         tensors = {
@@ -174,6 +191,9 @@ class Saver:
 
     def _write(self, path: Path, tensors: dict[str, Tensor], points: Points, facts: dict[str, Any]) -> None:
         try:
+            for name, value in tensors.items():
+                if not value.isfinite().all():  # the loss of a step cannot tell what its own update did
+                    raise DivergedError(f"{name} is not finite after step {int(path.name.partition('-')[0])}")
             content = save(tensors)
             write_bytes(path / _part(self._rank), content)
             write_json(path / f"{_part(self._rank)}.json", {"sha256": sha256(content)})

@@ -48,7 +48,7 @@ def recipe(
 ) -> None:
     """Check a recipe and print it with every default filled in."""
     try:
-        console.print(load_recipe(recipe, overrides).yaml(), end="", highlight=False)
+        console.print(load_recipe(recipe, overrides).yaml(), end="", highlight=False, markup=False)
     except RecipeError as error:
         _fail(str(error), 2)
 
@@ -69,7 +69,9 @@ def predict(
     uri = tracking_uri or f"sqlite:///{state_home() / 'mlflow.db'}"
     try:
         for found in predict_images(images, model, uri, out):
-            console.print(f"{found.image}: {found.objects} objects; {found.overlay}, {found.facts}", highlight=False)
+            console.print(
+                f"{found.image}: {found.objects} objects; {found.overlay}, {found.facts}", highlight=False, markup=False
+            )
     except (ImageError, ValueError, MlflowException) as error:
         _fail(str(error), 1)
 
@@ -95,7 +97,7 @@ def make(
     except DataError as error:
         _fail(str(error), 1)
     data = data_folders(loaded)
-    console.print(f"training shards: {data.train}\nheld-out shards: {data.eval}", highlight=False)
+    console.print(f"training shards: {data.train}\nheld-out shards: {data.eval}", highlight=False, markup=False)
 
 
 @shards.command()
@@ -115,9 +117,9 @@ def ingest(
     except (DataError, ValueError) as error:
         _fail(str(error), 1)
     held = result.held_out.num_samples if result.held_out else 0
-    console.print(f"{result.train.num_samples} training images, {held} held out: {out}", highlight=False)
+    console.print(f"{result.train.num_samples} training images, {held} held out: {out}", highlight=False, markup=False)
     for name in result.unreadable:
-        console.print(f"[yellow]left out: {name}[/]", highlight=False)
+        console.print(f"left out: {name}", style="yellow", highlight=False, markup=False)
 
 
 @shards.command()
@@ -129,7 +131,11 @@ def index(folder: Annotated[Path, typer.Argument(help="folder of WebDataset tars
         found = index_folder(folder)
     except DataError as error:
         _fail(str(error), 1)
-    console.print(f"{len(found.shards)} shards, {found.num_samples} samples: {folder / 'index.json'}", highlight=False)
+    console.print(
+        f"{len(found.shards)} shards, {found.num_samples} samples: {folder / 'index.json'}",
+        highlight=False,
+        markup=False,
+    )
 
 
 @shards.command()
@@ -139,14 +145,16 @@ def verify(folder: Annotated[Path, typer.Argument(help="folder of shards with an
 
     problems = find_problems(folder)
     for problem in problems:
-        Console(stderr=True, soft_wrap=True).print(f"[red]{problem}[/]", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(problem, style="red", highlight=False, markup=False)
     if problems:
         raise typer.Exit(1)
-    console.print(f"{folder}: every shard is whole", highlight=False)
+    console.print(f"{folder}: every shard is whole", highlight=False, markup=False)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]slotforge:[/] {message}", highlight=False)
+    from orchestration.train import complain
+
+    complain(message)
     sys.exit(code)
 
 

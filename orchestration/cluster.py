@@ -26,13 +26,14 @@ def ray_cluster(recipe: Recipe) -> Iterator[None]:
         if "ray" in sys.modules and not ours:
             raise RuntimeError("ray was imported before slotforge could give it a token; import it afterwards")
     import ray
+    from ray._private.utils import get_num_cpus  # knows containers' quotas
 
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, recipe.parallel.workers.max),
+            num_cpus=max(int(get_num_cpus()), recipe.parallel.workers.max),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -57,8 +58,11 @@ def token_file(path: Path) -> Path:
 
 
 def cpus_per_worker(recipe: Recipe) -> int:
-    """An equal part of the cluster's cores for each worker, at least one."""
-    return max(1, int(_resources().get("CPU", 1)) // recipe.parallel.workers.max)
+    """An equal part of the cluster's cores for each worker: at least one, at most what a node has."""
+    import ray
+
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    return max(1, min(int(_resources().get("CPU", 1)) // recipe.parallel.workers.max, int(largest)))
 
 
 def use_gpu(recipe: Recipe) -> bool:

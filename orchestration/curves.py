@@ -8,17 +8,14 @@ import torch
 
 from orchestration.checkpoints import Points
 from orchestration.engine import Engine
-from orchestration.worker import StepReport, curve_names
-
-
-class DivergedError(Exception):
-    """The loss is not a finite number any more."""
+from orchestration.worker import DivergedError, StepReport, curve_names
 
 
 class Curves:
     """Collects the points of one rank's steps until a checkpoint takes them.
 
-    Nothing is synchronised when a step is recorded; ``take`` adds up over the ranks, once for all steps.
+    Recording a step synchronises nothing but every nth step's gradient norm; ``take`` adds up over the ranks, once for
+    all steps.
 
     Args:
         every: steps between points; the step counts from 1, as steps done.
@@ -77,6 +74,6 @@ class Curves:
     def _check(report: StepReport, loss: float) -> None:
         if not math.isfinite(loss):
             raise DivergedError(
-                f"loss/total: {loss} at step {report.done}; lower train.learning_rate or set train.clip_norm. "
-                "The last checkpoint is from before it"
+                f"loss/total: {loss} at step {report.done}; lower train.learning_rate or set train.clip_norm, "
+                "under another name or with --fresh"
             )

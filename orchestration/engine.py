@@ -56,7 +56,6 @@ class PlainEngine:
         self,
         module: nn.Module,
         *,
-        micro_batches: int,
         clip_norm: float | None = None,
         precision: Precision = "fp32",
         device: str = "cpu",

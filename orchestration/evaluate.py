@@ -1,4 +1,4 @@
-"""Held-out evaluation: the same numbers while training, on all ranks, and at the end."""
+"""Held-out evaluation: while training, on all ranks and in the run's precision, and at the end, in fp32."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -36,6 +36,10 @@ def predict(paths: Iterable[Path], model: str, tracking: str, out: Path) -> list
         ImageError: a file is missing or not an image.
         ValueError: the model is not one of the registry.
     """
+    paths = list(paths)
+    for path in paths:
+        if [other.stem for other in paths].count(path.stem) > 1:
+            raise ImageError(f"{path}: another image is called {path.stem} too; rename one, or predict them one by one")
     packaged = load(model, tracking)
     size = packaged.image_size
     out.mkdir(parents=True, exist_ok=True)

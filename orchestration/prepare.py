@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
-from orchestration.rank import Data
+from orchestration.rank import Data, training_stream
 from orchestration.recipe import Recipe, RecipeError, ScenesSection, state_home
+from orchestration.run_folder import Lease, LeaseHeldError, RunFolder
 from pipelines import DataError, Index, Shard, read_index, write_index
 from pipelines.scenes import Tetrominoes
 from pipelines.scenes.render import render_shard
@@ -34,8 +36,15 @@ def is_prepared(recipe: Recipe) -> bool:
 def prepare(recipe: Recipe, progress: Progress) -> None:
     """Renders what is missing. Needs a running Ray; a killed run goes on with the shards it has."""
     data, scenes = data_folders(recipe), recipe.data.scenes
-    if scenes is None or is_prepared(recipe):
-        return
+    while scenes is not None and not is_prepared(recipe):
+        try:
+            with Lease(RunFolder(data.train.parent)):  # runs of one data set share it, and one renders
+                _render_all(scenes, data, progress)
+        except LeaseHeldError:
+            time.sleep(1)
+
+
+def _render_all(scenes: ScenesSection, data: Data, progress: Progress) -> None:
     shards = _shard_sizes(scenes.train, scenes.per_shard)
     held_out = _shard_sizes(scenes.eval, scenes.per_shard)
     bar = progress.add_task("rendering scenes", total=scenes.train + scenes.eval)
@@ -62,6 +71,10 @@ def check_data(recipe: Recipe) -> dict[str, str]:
                 f"data.{field}: images are {index.size}, not model.image_size: {size} squared; "
                 "set it to their size or ingest them at this one"
             )
+    try:  # made, not read from: it checks that the open windows fit into memory
+        training_stream(recipe, data.train, 0, recipe.parallel.workers.min)
+    except ValueError as error:
+        raise RecipeError(f"data: {error}") from error
     return {"train": train.digest, "eval": held_out.digest}
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from orchestration.checkpoints import DamagedCheckpointError, Saver, new_token, newest_valid, restore
-from orchestration.curves import Curves, DivergedError
+from orchestration.curves import Curves
 from orchestration.engine import DeepSpeedEngine, Engine, PlainEngine
 from orchestration.evaluate import evaluate
 from orchestration.files import write_bytes, write_json
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.run_folder import LeaseLostError, RunFolder, check_lease
 from orchestration.schedule import Schedule
-from orchestration.worker import Hook, StepReport, train
+from orchestration.worker import DivergedError, Hook, StepReport, train
 from pipelines import DataError, Index, Plan, Purpose, micro_batches, read_index
 from pipelines.noise import generator
 from pipelines.stream import Stream
@@ -27,7 +27,13 @@ from slot_models import SlotAutoencoder, build_autoencoder
 logger = logging.getLogger(__name__)
 
 LIVE_SECONDS = 0.5
-FINAL_ERRORS = (DivergedError, DataError, DamagedCheckpointError, LeaseLostError)
+
+
+class StateFolderError(Exception):
+    """This node does not see the run's folder."""
+
+
+FINAL_ERRORS = (DivergedError, DataError, DamagedCheckpointError, LeaseLostError, StateFolderError)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,6 @@ def train_bare(recipe: Recipe, data: Data, hooks: tuple[Hook, ...] = (), device:
     model = build_model(recipe)
     engine = PlainEngine(
         model,
-        micro_batches=micro_batches(recipe.train.batch_size, 1, recipe.train.micro_batch)[0],
         clip_norm=recipe.train.clip_norm,
         precision=recipe.parallel.precision,
         device=device,
@@ -107,7 +112,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
         _train_rank(config)
     except FINAL_ERRORS as error:
         failure = {"error": type(error).__name__, "message": str(error)}
-        write_json(Path(config["folder"]) / "failure.json", failure)
+        write_json(RunFolder(Path(config["folder"])).failure(config["lease"]), failure)
         raise
 
 
@@ -124,6 +129,11 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     if device == "cpu":
         torch.set_num_threads(config["threads"])
 
+    if not folder.facts:
+        raise StateFolderError(
+            f"{folder.path}: rank {rank} does not see the run's folder; set SLOTFORGE_HOME, where Ray is started on "
+            "every node, to a folder that all nodes share"
+        )
     checkpoint, token = _agree(lambda: (newest_valid(folder.checkpoints), new_token()), rank)
     model = build_model(recipe)
     moments = restore(checkpoint, model) if checkpoint else None
@@ -167,15 +177,16 @@ def _train_rank(config: Mapping[str, Any]) -> None:
 
     hooks: list[Hook] = [curves.record, evaluate_held_out, save]
     if rank == 0:
-        hooks.append(live_values(folder.live, recipe))
+        hooks.append(live_values(folder.live, recipe, world))
     with training_stream(recipe, data.train, rank, world) as stream:
         background = recipe.evaluate.background_slots
         train(engine, stream, Schedule(recipe.train), start=start, background_slots=background, hooks=hooks)
     saver.wait()
 
 
-def live_values(path: Path, recipe: Recipe) -> Hook:
-    """A hook that shows the newest step's values to the driver, twice a second at most."""
+def live_values(path: Path, recipe: Recipe, world: int) -> Hook:
+    """A hook that shows the newest step's values to the driver, twice a second at most: rank 0's mean for the batch's,
+    since the terminal is not worth a collective."""
     last = 0.0
 
     def show(report: StepReport) -> None:
@@ -186,8 +197,8 @@ def live_values(path: Path, recipe: Recipe) -> Hook:
         last = now
         values = {
             "step": report.done,
-            "loss": float(report.means[0]),
-            "kept": float(report.means[3]),
+            "loss": float(report.means[0]) * world,
+            "kept": float(report.means[3]) * world,
             "images_per_second": report.batch_size / report.seconds,
         }
         write_bytes(path, json.dumps(values).encode())

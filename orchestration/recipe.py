@@ -8,13 +8,21 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 # What a run may change between submissions without becoming another run: where and how it computes, is shown and is
-# promoted, but nothing that its curve depends on.
-MUTABLE_SECTIONS = ("parallel", "tracking", "registry")
+# promoted, but nothing that its curve depends on. The data's folders may move; their digests are pinned apart.
+MUTABLE: dict[str, Any] = {
+    "parallel": True,
+    "tracking": True,
+    "registry": True,
+    "data": {"train", "eval", "bad_samples"},
+    "train": {"micro_batch", "checkpoint_every", "checkpoints_kept"},
+    "evaluate": {"batch_size"},
+}
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -78,6 +86,7 @@ class ModelSection(Section):
     gradient: Literal["full", "bilevel"] = Field("full", description="through all iterations, or the last alone")
     adaptive: bool = Field(False, description="a gate decides for each slot whether the image needs it (AdaSlot)")
     keep_bias: float = Field(0.0, description="initial logit of keeping a slot")
+    gate_exploration: float = Field(0.0, ge=0, lt=0.5, description="least probability of keeping, and of dropping")
     gate_gradient: Literal["slope", "difference"] = Field(
         "slope", description="of the error by a decision: its slope, as published, or the difference it makes"
     )
@@ -129,9 +138,7 @@ class ParallelSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO: what is sharded over the workers")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights and gradients stay fp32")
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    max_failures: int = Field(
-        3, ge=0, description="worker failures in a row without a new checkpoint, before giving up"
-    )
+    max_failures: int = Field(10, ge=0, description="worker failures that one submission survives")
 
 
 class TrackingSection(Section):
@@ -140,6 +147,16 @@ class TrackingSection(Section):
     uri: str | None = Field(None, description="tracking URI; null: sqlite in the state folder")
     experiment: str = "slotforge"
     every: PositiveInt = Field(10, description="steps between points of the training curves")
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri and urlsplit(uri).password:
+            raise ValueError(
+                "it holds a password, which would be logged with the recipe; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        return uri
 
 
 class EvaluateSection(Section):
@@ -182,6 +199,11 @@ class Recipe(Section):
             raise ValueError(
                 f"train.keep_weight: {train.keep_weight} has no gate to act on; set model.adaptive: true or it to 0"
             )
+        if train.decay_steps > train.steps:
+            raise ValueError(
+                f"train.decay_steps: {train.decay_steps} is more than train.steps: {train.steps}; "
+                "lower it or train longer"
+            )
         if train.gate_from >= train.steps and model.adaptive:
             raise ValueError(
                 f"train.gate_from: {train.gate_from} is not before the end at step {train.steps}; lower it"
@@ -204,7 +226,7 @@ class Recipe(Section):
 
     def identity(self) -> dict[str, Any]:
         """The fields that make a run what it is: everything but how it is computed, shown and promoted."""
-        return self.model_dump(mode="json", exclude=set(MUTABLE_SECTIONS))
+        return self.model_dump(mode="json", exclude=MUTABLE)
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
@@ -325,9 +347,14 @@ def _sentence(problem: Any) -> str:
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     section: Any = Recipe
     for part in location:
+        if part not in section.model_fields:
+            return []
         annotation = section.model_fields[part].annotation
         choices = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section))
+        sections = (choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section))
+        section = next(sections, None)
+        if section is None:  # a leaf
+            return []
     return list(section.model_fields)
 
 

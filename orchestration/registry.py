@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 import slot_models
 from orchestration.evaluate import Evaluation
 from orchestration.recipe import Recipe
-from orchestration.tracking import Tracker
+from orchestration.tracking import Tracker, is_absent
 
 CHAMPION = "champion"
 REQUIREMENTS = ("mlflow", "torch", "einops", "numpy", "safetensors")
@@ -85,8 +86,11 @@ def load(uri: str, tracking: str) -> Any:
         ValueError: the URI is not of the registry.
         MlflowException: there is no such model.
     """
-    if not uri.startswith("models:/"):
-        raise ValueError(f"--model {uri}: only models of the registry are loaded; write models:/name@{CHAMPION}")
+    # models:/<id> would be a model that was logged, but never registered
+    if not re.fullmatch(r"models:/[^/@]+(/\d+|@[^/@]+)", uri):
+        raise ValueError(
+            f"--model {uri}: only models of the registry are loaded; write models:/name@{CHAMPION} or models:/name/1"
+        )
     mlflow.set_tracking_uri(tracking)
     mlflow.set_registry_uri(tracking)
     return mlflow.pyfunc.load_model(uri).unwrap_python_model()
@@ -99,11 +103,13 @@ def _refusal(
     for key, floor in recipe.registry.floors.items():
         if key not in metrics:
             return f"registry.floors.{key}: the held-out set does not tell {key}; remove the floor or add masks"
-        if metrics[key] < floor:
+        if not metrics[key] >= floor:
             return f"registry.floors.{key}: {metrics[key]:.3f} is below the floor {floor}"
     try:
         champion = client.get_model_version_by_alias(recipe.registered_model, CHAMPION)
-    except MlflowException:
+    except MlflowException as error:
+        if not is_absent(error):
+            raise
         return None  # the first one
     measure, sign = ("fg_ari", 1) if "fg_ari" in metrics else ("reconstruction", -1)
     theirs = champion.tags.get(f"eval.{measure}")
@@ -118,7 +124,9 @@ def _refusal(
 def _version_of(client: MlflowClient, name: str, run_id: str) -> str | None:
     try:
         versions = client.search_model_versions(f"name = '{name}'")
-    except MlflowException:
+    except MlflowException as error:
+        if not is_absent(error):
+            raise
         return None
     return next((str(version.version) for version in versions if version.run_id == run_id), None)
 

@@ -1,5 +1,6 @@
 """A run's folder: who the run is, and who may write it."""
 
+import contextlib
 import json
 import os
 import socket
@@ -43,6 +44,10 @@ class RunFolder:
     def live(self) -> Path:
         """Values of the newest step, for the terminal."""
         return self.path / "live.json"
+
+    def failure(self, lease: int) -> Path:
+        """What stopped a driver's ranks for good; each driver looks at its own alone."""
+        return self.path / f"failure-{lease:06d}.json"
 
     @property
     def logs(self) -> Path:
@@ -142,7 +147,8 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            os.utime(self._path(self.number))
+            with contextlib.suppress(OSError):  # a hiccup of the storage; the next beat comes in time
+                os.utime(self._path(self.number))
 
     def _living_holder(self, number: int) -> dict[str, Any] | None:
         path = self._path(number)

@@ -1,6 +1,8 @@
 """What a run ends with: evaluation, registration, a picture and a table."""
 
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +113,12 @@ def _counts_line(evaluation: Evaluation) -> str:
 
 def _print_commands(console: Console, tracker: Tracker, registered: Registered) -> None:
     uri = shlex.quote(tracker.uri)
+    programs = os.path.relpath(Path(sys.executable).parent)
     console.print("\nSee the curves:", style="bold")
-    console.print(f"  .venv/bin/mlflow ui --backend-store-uri {uri}", soft_wrap=True, highlight=False)
+    console.print(f"  {programs}/mlflow ui --backend-store-uri {uri}", soft_wrap=True, highlight=False)
     console.print("Find the objects in an image of your own:", style="bold")
     console.print(
-        f"  .venv/bin/slotforge predict IMAGE.png --model {registered.uri} --tracking-uri {uri}",
+        f"  {programs}/slotforge predict IMAGE.png --model {registered.uri} --tracking-uri {uri}",
         soft_wrap=True,
         highlight=False,
     )

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from orchestration.checkpoints import Points, committed, prune
+from orchestration.checkpoints import DamagedCheckpointError, Points, committed, prune, put_aside
 from orchestration.recipe import Recipe, RecipeError, state_home
 from orchestration.run_folder import RunFolder
 
@@ -66,9 +66,14 @@ class Tracker:
         """Sends the points of new checkpoints, then deletes checkpoints that are no longer needed."""
         for checkpoint in committed(self._folder.checkpoints):
             if checkpoint.path.name not in self._sent:
-                self.send(checkpoint.points())
+                try:
+                    points = checkpoint.points()
+                except DamagedCheckpointError as error:
+                    put_aside(checkpoint, error)
+                    continue
+                self.send(points)
                 self._sent.add(checkpoint.path.name)
-        prune(self._folder.checkpoints, self._kept)
+        prune(self._folder.checkpoints, self._kept, self._sent)
 
     def send(self, points: Points) -> None:
         """Sends the points that are new, in the order of their steps."""
@@ -95,7 +100,9 @@ class Tracker:
     def _exists(self, run_id: str) -> bool:
         try:
             return self.client.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException:
+        except MlflowException as error:
+            if not is_absent(error):
+                raise
             logger.warning("MLflow run %s is not at %s; the curve goes on in a new one", run_id, self.uri)
             return False
 
@@ -126,6 +133,11 @@ class Tracker:
 
     def _last_step(self, name: str) -> int:
         return max((metric.step for metric in self.client.get_metric_history(self.run_id, name)), default=-1)
+
+
+def is_absent(error: MlflowException) -> bool:
+    """Whether an error says that something does not exist, rather than that MLflow could not be asked."""
+    return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def flat(fields: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:

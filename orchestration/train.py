@@ -9,6 +9,7 @@ on from the last checkpoint.
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from orchestration.recipe import Recipe, RecipeError, load_recipe, recipe_names
 from orchestration.run_folder import Lease, LeaseHeldError, LeaseLostError, RunFolder
 
 POLL_SECONDS = 0.5
+UNSCHEDULED_LIMIT = 30  # minutes that a cluster may take to find room for the workers
 INTERRUPTED = 130
 
 
@@ -40,7 +42,7 @@ def run(recipe: Recipe, *, fresh: bool = False, console: Console | None = None) 
         DataError: shards are missing or damaged.
     """
     console = console or Console()
-    _check_model(recipe)
+    _check_parts(recipe)
     folder = RunFolder.of(recipe)
     with Lease(folder) as lease:
         if fresh and folder.facts:
@@ -87,8 +89,7 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
 
     data, gpu, threads = data_folders(recipe), use_gpu(recipe), cpus_per_worker(recipe)
     workers = recipe.parallel.workers
-    failure = folder.path / "failure.json"
-    failure.unlink(missing_ok=True)
+    failure = folder.failure(lease)
     folder.live.unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_rank,
@@ -111,7 +112,10 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
         run_config=RunConfig(
             name=f"{recipe.name}-{lease}",  # a name of its own: our checkpoints are the truth, not Ray's
             storage_path=str(folder.path / "ray"),
-            failure_config=FailureConfig(max_failures=recipe.parallel.max_failures),
+            failure_config=FailureConfig(
+                max_failures=recipe.parallel.max_failures,
+                controller_failure_limit=UNSCHEDULED_LIMIT,  # type: ignore[call-arg]
+            ),
         ),
     )
     outcome: list[BaseException] = []
@@ -127,16 +131,19 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
     bar = progress.add_task("starting workers", total=recipe.train.steps)
     logs = LogTail(folder.logs)
     tracker.status("RUNNING")
+    outage = False
     try:
         thread.start()
         while thread.is_alive() and not failure.exists():
             thread.join(POLL_SECONDS)
             _show_live(folder.live, progress, bar)
             for line in logs.news():
-                progress.console.print(line, style="dim" if " INFO " in line else "yellow", highlight=False)
-            tracker.send_committed()
+                progress.console.print(
+                    line, style="dim" if " INFO " in line else "yellow", highlight=False, markup=False
+                )
+            outage = _send(tracker, progress, outage)
     except KeyboardInterrupt:
-        tracker.send_committed()
+        _send(tracker, progress, outage)
         tracker.status("KILLED")
         raise
     progress.remove_task(bar)
@@ -147,8 +154,25 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
         raise TrainingError(f"{facts['error']}: {facts['message']}")
     if outcome:
         tracker.status("FAILED")
-        raise TrainingError(f"the workers failed more than parallel.max_failures times; the last time:\n{outcome[0]}")
+        raise TrainingError(
+            f"parallel.max_failures: the workers failed more than {recipe.parallel.max_failures} times, or found no "
+            f"room for {workers.min} of them; the last time:\n{outcome[0]}"
+        )
     tracker.status("FINISHED")
+    shutil.rmtree(folder.path / "ray", ignore_errors=True)  # Ray's own notes; the run's folder is the truth
+
+
+def _send(tracker: Any, progress: Progress, outage: bool) -> bool:
+    """Sends what is committed; an MLflow that does not answer costs nothing but a warning: the points wait."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tracker.send_committed()
+    except MlflowException as error:
+        if not outage:
+            progress.console.print(f"MLflow does not take points now, they wait: {error}", style="yellow", markup=False)
+        return True
+    return False
 
 
 class LogTail:
@@ -189,9 +213,11 @@ def new_progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=False)
 
 
-def _check_model(recipe: Recipe) -> None:
+def _check_parts(recipe: Recipe) -> None:
+    """Makes what only torch and the renderer can judge, before anything starts."""
     import torch
 
+    from orchestration.prepare import renderer
     from slot_models import build_autoencoder
 
     try:
@@ -199,6 +225,11 @@ def _check_model(recipe: Recipe) -> None:
             build_autoencoder(**recipe.model.model_dump())
     except ValueError as error:
         raise RecipeError(f"model: {error}") from error
+    if recipe.data.scenes is not None:
+        try:
+            renderer(recipe.data.scenes).render(recipe.data.scenes.seed, 0, 1)
+        except ValueError as error:
+            raise RecipeError(f"data.scenes: {error}") from error
 
 
 def _pin_data(folder: RunFolder, digests: dict[str, str]) -> None:
@@ -213,6 +244,9 @@ def _pin_data(folder: RunFolder, digests: dict[str, str]) -> None:
 
 def main(recipe: str, overrides: list[str], fresh: bool) -> int:
     """Runs a recipe by name; returns the exit code."""
+    from mlflow.exceptions import MlflowException
+
+    from orchestration.checkpoints import DamagedCheckpointError
     from pipelines import DataError
 
     console = Console()
@@ -224,7 +258,7 @@ def main(recipe: str, overrides: list[str], fresh: bool) -> int:
         return _fail(str(error), 2)
     except LeaseHeldError as error:
         return _fail(str(error), 3)
-    except (TrainingError, LeaseLostError, DataError) as error:
+    except (TrainingError, LeaseLostError, DataError, DamagedCheckpointError, MlflowException) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
@@ -233,8 +267,13 @@ def main(recipe: str, overrides: list[str], fresh: bool) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]slotforge:[/] {message}", highlight=False)
+    complain(message)
     return code
+
+
+def complain(message: str) -> None:
+    """An error, as it stands: brackets in it are not Rich's markup."""
+    Console(stderr=True, soft_wrap=True).print(f"slotforge: {message}", style="red", highlight=False, markup=False)
 
 
 def _arguments() -> argparse.Namespace:

@@ -81,6 +81,10 @@ class StepReport:
         return self.step + 1
 
 
+class DivergedError(Exception):
+    """The loss or the state is not finite any more."""
+
+
 Hook = Callable[[StepReport], None]
 
 

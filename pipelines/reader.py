@@ -1,12 +1,13 @@
 """Windows of a plan, read from a folder of shards through webdataset: sequential reads, and a verdict on each sample.
 
 Permanent faults of content become `Fault`s, the same for every reader. Anything else that goes wrong while reading is
-transient: it stops the run with the shard's name and never changes a batch.
+transient: it is tried again, then stops the run with the shard's name, and never changes a batch.
 """
 
 import io
 import logging
 import tarfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipelines.samples import IMAGE_MEMBERS, MASK_MEMBERS
 from pipelines.shards import read_sidecar, scan, sha256_of
 
 logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = (0.2, 1.0, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Reader:
         for lane in set(self._windows) - lanes:
             del self._windows[lane]
 
-    def _piece(self, piece: Piece) -> list[Raw | Fault]:
+    def _piece(self, piece: Piece, attempt: int = 0) -> list[Raw | Fault]:
         """Exactly `last - first` samples or faults."""
         shard = self._plan.index.shards[piece.shard]
         path = self._folder / shard.name
@@ -84,6 +87,10 @@ class Reader:
                 [fault] * (piece.last - piece.first) if fault else list(self._read(path, piece))
             )
         except OSError as error:
+            if attempt < len(RETRY_SECONDS):  # it may be transient, and it never changes a batch
+                logger.warning("%s: %s; trying again in %s s", path, error, RETRY_SECONDS[attempt])
+                time.sleep(RETRY_SECONDS[attempt])
+                return self._piece(piece, attempt + 1)
             raise DataError(f"{path}: cannot be read ({error}); repair the storage and start again") from error
         except (tarfile.TarError, ValueError) as error:
             raise DataError(f"{path}: does not match its offsets ({error}); index the folder again") from error

@@ -1,5 +1,6 @@
 """Adaptive slots: a gate decides for each slot whether the image needs it (AdaSlot, Fan et al. 2024)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,10 +33,19 @@ class SlotGate(nn.Module):
         dim: width of a slot.
         keep_bias: initial logit of keep over drop. Positive, so that a fresh gate keeps its slots until it has a
             reason to drop one.
+        exploration: the least probability of either decision; the logits are bounded smoothly. Above zero, both
+            decisions keep being tried, so the gate cannot saturate, and no two slots can rely on painting one object
+            between them.
+
+    Raises:
+        ValueError: exploration is not in [0, 0.5).
     """
 
-    def __init__(self, dim: int, *, keep_bias: float = 0.0) -> None:
+    def __init__(self, dim: int, *, keep_bias: float = 0.0, exploration: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= exploration < 0.5:
+            raise ValueError(f"exploration: {exploration} is not in [0, 0.5)")
+        self.limit = math.log((1 - exploration) / exploration) / 2 if exploration else math.inf
         self.norm = nn.LayerNorm(dim)
         self.hidden = nn.Linear(dim, 4 * dim)
         self.logits = nn.Linear(4 * dim, 2)
@@ -57,6 +67,8 @@ class SlotGate(nn.Module):
             raise ValueError(f"temperature: {temperature} is not positive")
         logits = self.logits(self.hidden(self.norm(slots)).relu())  # [B, K, 2]
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.limit < math.inf:
+            logits = self.limit * (logits / self.limit).tanh()
         if noise is not None and noise.shape != logits.shape:
             raise ValueError(f"noise: shape {tuple(noise.shape)} is not {tuple(logits.shape)}")
         probability = logits.softmax(dim=-1)[..., 1]  # [B, K]

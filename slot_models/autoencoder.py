@@ -112,6 +112,7 @@ def build_autoencoder(
     gradient: Gradient = "full",
     adaptive: bool = True,
     keep_bias: float = 0.0,
+    gate_exploration: float = 0.0,
     gate_gradient: GateGradient = "slope",
     encoder_channels: int = 32,
     encoder_kernel: int = 5,
@@ -151,5 +152,5 @@ def build_autoencoder(
         decoder_patch,
         decoder_mask,
     )
-    gate = SlotGate(slot_dim, keep_bias=keep_bias) if adaptive else None
+    gate = SlotGate(slot_dim, keep_bias=keep_bias, exploration=gate_exploration) if adaptive else None
     return SlotAutoencoder(encoder, attention, gate, decoder, gate_gradient)

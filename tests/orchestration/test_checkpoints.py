@@ -22,12 +22,12 @@ from orchestration.rank import Data, build_model, training_stream
 from orchestration.recipe import Recipe
 from orchestration.run_folder import LeaseLostError
 from orchestration.schedule import Schedule
-from orchestration.worker import StepReport, train
+from orchestration.worker import DivergedError, StepReport, train
 
 
 def trained(recipe: Recipe, data: Data, folder: Path) -> tuple[PlainEngine, list[StepReport]]:
     """Twelve steps with a checkpoint every four."""
-    engine, reports = PlainEngine(build_model(recipe), micro_batches=1), []
+    engine, reports = PlainEngine(build_model(recipe)), []
     saver = Saver(folder, new_token(), 0, 1, allowed=lambda: None)
 
     def save(report: StepReport) -> None:
@@ -46,7 +46,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(recipe: Recipe, data: Data,
     assert [checkpoint.steps for checkpoint in committed(tmp_path)] == [4, 8, 12]
     module, again = build_model(recipe), []
     moments = restore(committed(tmp_path)[0], module)
-    engine = PlainEngine(module, micro_batches=1)
+    engine = PlainEngine(module)
     engine.load_moments(moments, 4)
     with training_stream(recipe, data.train) as stream:
         train(engine, stream, Schedule(recipe.train), start=4, hooks=[again.append])
@@ -108,7 +108,7 @@ def test_a_driver_that_was_succeeded_commits_nothing(recipe: Recipe, tmp_path: P
         raise LeaseLostError("driver 2 has taken over")
 
     saver = Saver(tmp_path, new_token(), 0, 1, allowed=succeeded)
-    saver.save(4, PlainEngine(build_model(recipe), micro_batches=1), [], {})
+    saver.save(4, PlainEngine(build_model(recipe)), [], {})
     with pytest.raises(LeaseLostError):
         saver.wait()
     assert committed(tmp_path) == []
@@ -117,14 +117,14 @@ def test_a_driver_that_was_succeeded_commits_nothing(recipe: Recipe, tmp_path: P
 def test_a_write_that_fails_is_raised_in_the_training_thread(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     saver = Saver(tmp_path / "file", new_token(), 0, 1, allowed=lambda: None)
-    saver.save(4, PlainEngine(build_model(recipe), micro_batches=1), [], {})
+    saver.save(4, PlainEngine(build_model(recipe)), [], {})
     with pytest.raises(OSError, match="file"):
         saver.wait()
 
 
 def test_parts_of_several_ranks_make_one_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     """Rank 0 commits only when every part is there."""
-    engine = PlainEngine(build_model(recipe), micro_batches=1)
+    engine = PlainEngine(build_model(recipe))
     token = new_token()
     savers = [Saver(tmp_path, token, rank, 2, allowed=lambda: None) for rank in range(2)]
     savers[0].save(4, engine, [], {})
@@ -145,7 +145,9 @@ def test_pruning_keeps_the_newest_and_clears_what_was_never_committed(
     trained(recipe, data, tmp_path)
     (tmp_path / "000000006-dead").mkdir()
     (tmp_path / "000000016-busy").mkdir()  # being written
-    prune(tmp_path, keep=2)
+    prune(tmp_path, keep=2, sent=set())
+    assert [checkpoint.steps for checkpoint in committed(tmp_path)] == [4, 8, 12]  # no point of theirs has arrived
+    prune(tmp_path, keep=2, sent={checkpoint.path.name for checkpoint in committed(tmp_path)})
     assert [checkpoint.steps for checkpoint in committed(tmp_path)] == [8, 12]
     assert not (tmp_path / "000000006-dead").exists()
     assert (tmp_path / "000000016-busy").exists()
@@ -164,3 +166,15 @@ def test_another_models_checkpoint_is_refused(recipe: Recipe, data: Data, tmp_pa
     fixed = build_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"adaptive": False})}))
     with pytest.raises(DamagedCheckpointError, match="parameters differ"):
         restore(committed(tmp_path)[0], fixed)
+
+
+def test_a_state_that_is_not_finite_is_never_written(recipe: Recipe, tmp_path: Path) -> None:
+    """The loss before an update may be finite, and the weights after it not."""
+    engine = PlainEngine(build_model(recipe))
+    with torch.no_grad():
+        next(engine.module.parameters()).flatten()[0] = torch.nan
+    saver = Saver(tmp_path, new_token(), 0, 1, allowed=lambda: None)
+    saver.save(4, engine, [], {})
+    with pytest.raises(DivergedError, match=r"weight/.* is not finite after step 4"):
+        saver.wait()
+    assert committed(tmp_path) == []

@@ -24,6 +24,7 @@ WRONG = [
     ("data.train=/shards", ["data", "both given", "give one of the two"]),
     ("model.image_size=20", ["model.image_size", "20", "set it to 21"]),
     ("model.adaptive=false", ["train.keep_weight", "0.", "model.adaptive: true"]),
+    ("train.steps=10", ["train.decay_steps", "more than train.steps: 10", "lower it or train longer"]),
     ("train.gate_from=100000", ["train.gate_from", "100000", "lower it"]),
     ("evaluate.background_slots=9", ["evaluate.background_slots", "9", "lower it"]),
     ("registry.floors={fg_ari: 2}", ["registry.floors.fg_ari", "2", "less than or equal to 1"]),
@@ -82,8 +83,9 @@ def test_a_yaml_file_says_numbers_as_people_write_them(tmp_path: Path) -> None:
 def test_a_run_stays_the_same_run_wherever_and_however_it_computes() -> None:
     digest = load_recipe("demo").digest()
     same = ["parallel.zero_stage=3", "parallel.workers={min: 1, max: 5}", "tracking.every=1", "registry.floors={}"]
+    same += ["train.micro_batch=3", "train.checkpoint_every=7", "evaluate.batch_size=9", "data.bad_samples=0"]
     assert all(load_recipe("demo", [override]).digest() == digest for override in same)
-    others = ["seed=1", "train.steps=99999", "model.slot_dim=32", "data.window=3", "evaluate.every=7"]
+    others = ["seed=1", "train.steps=99999", "model.slot_dim=48", "data.window=3", "evaluate.every=7"]
     assert len({digest, *(load_recipe("demo", [override]).digest() for override in others)}) == 1 + len(others)
 
 

@@ -51,6 +51,10 @@ def test_the_champion_is_whoever_passes_the_gate(recipe: Recipe, home: Path) -> 
     assert champion() == "2"
     assert submit(recipe, "first", 0.8) == first  # a finished run that is shown again is not registered again
 
+    lost = submit(recipe, "lost", float("nan"))
+    assert not lost.champion
+    client.delete_model_version("gated", lost.version)
+
     worse = submit(recipe, "worse", 0.7)
     assert not worse.champion
     assert "version 2, is better" in worse.reason
@@ -58,9 +62,9 @@ def test_the_champion_is_whoever_passes_the_gate(recipe: Recipe, home: Path) -> 
 
     better = submit(recipe, "better", 0.9)
     assert better.champion
-    assert champion() == "4"
-    assert client.get_model_version("gated", "3").tags["gate"] == worse.reason
-    assert client.get_model_version("gated", "4").tags["eval.fg_ari"] == "0.900000"
+    assert champion() == "5"
+    assert client.get_model_version("gated", worse.version).tags["gate"] == worse.reason
+    assert client.get_model_version("gated", "5").tags["eval.fg_ari"] == "0.900000"
 
     # What is loaded back by its alias is what was registered, to the bit.
     served = mlflow.pyfunc.load_model(better.uri).predict(IMAGES)
@@ -89,7 +93,7 @@ def test_the_champion_is_whoever_passes_the_gate(recipe: Recipe, home: Path) -> 
         predict([home / "text.png"], better.uri, uri, home / "out")
 
 
-@pytest.mark.parametrize("uri", ["runs:/abc/model", "/tmp/model", "https://example.org/model"])
+@pytest.mark.parametrize("uri", ["runs:/abc/model", "/tmp/model", "https://example.org/model", "models:/m-0123"])
 def test_only_models_of_the_registry_are_loaded(uri: str, home: Path) -> None:
     with pytest.raises(ValueError, match="only models of the registry are loaded"):
         load(uri, f"sqlite:///{home / 'mlflow.db'}")

@@ -1,13 +1,16 @@
 """MLflow gets each point once; against a real store."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from orchestration.checkpoints import Points, Saver, committed, new_token
 from orchestration.engine import PlainEngine
 from orchestration.rank import build_model
-from orchestration.recipe import Recipe, RecipeError
+from orchestration.recipe import Recipe, RecipeError, parse_recipe
 from orchestration.run_folder import RunFolder
 from orchestration.tracking import Tracker, tracking_uri
 
@@ -32,7 +35,7 @@ def read_back(tracker: Tracker, name: str) -> list[tuple[int, float]]:
 
 def commit(recipe: Recipe, folder: RunFolder, steps: int, made: Points) -> None:
     saver = Saver(folder.checkpoints, new_token(), 0, 1, allowed=lambda: None)
-    saver.save(steps, PlainEngine(build_model(recipe), micro_batches=1), made, {"steps": steps})
+    saver.save(steps, PlainEngine(build_model(recipe)), made, {"steps": steps})
     saver.wait()
 
 
@@ -68,6 +71,55 @@ def test_checkpoints_are_deleted_only_after_their_points_are_sent(recipe: Recipe
     tracker.send_committed()
     assert [checkpoint.steps for checkpoint in committed(folder.checkpoints)] == [12, 16, 20]
     assert read_back(tracker, "loss/total") == [(step, step / 10) for step in range(1, 21)]
+
+
+def test_checkpoints_that_are_committed_while_points_are_sent_are_not_lost(
+    recipe: Recipe, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(recipe, folder, 4, points(1, 5))
+    tracker = Tracker(recipe, folder)
+    send = tracker.client.log_batch
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        for steps in range(8, 32, 4):
+            commit(recipe, folder, steps, points(steps - 3, steps + 1))
+        send(*arguments, **options)
+
+    monkeypatch.setattr(tracker.client, "log_batch", slow)
+    tracker.send_committed()
+    tracker.send_committed()
+    assert read_back(tracker, "loss/total") == [(step, step / 10) for step in range(1, 29)]
+
+
+def test_an_older_checkpoint_that_is_damaged_does_not_stop_the_others(recipe: Recipe, folder: RunFolder) -> None:
+    for steps in (4, 8, 12):
+        commit(recipe, folder, steps, points(steps - 3, steps + 1))
+    (committed(folder.checkpoints)[1].path / "curve.json").write_text("[]")
+    tracker = Tracker(recipe, folder)
+    tracker.send_committed()
+    tracker.send_committed()
+    assert [step for step, _ in read_back(tracker, "loss/total")] == [1, 2, 3, 4, 9, 10, 11, 12]
+
+
+def test_a_store_that_cannot_be_asked_is_not_a_run_that_is_gone(
+    recipe: Recipe, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Tracker(recipe, folder)
+
+    def down(*_: Any) -> None:
+        raise MlflowException("connection refused")
+
+    monkeypatch.setattr(MlflowClient, "get_run", down)
+    with pytest.raises(MlflowException, match="connection refused"):
+        Tracker(recipe, folder)
+
+
+def test_a_password_does_not_get_into_the_recipe(recipe: Recipe) -> None:
+    fields = recipe.model_dump(mode="json")
+    fields["tracking"]["uri"] = "https://me:secret@mlflow.example.org"
+    with pytest.raises(RecipeError, match=r"tracking.uri.*MLFLOW_TRACKING_PASSWORD"):
+        parse_recipe(fields)
 
 
 def test_a_run_tells_its_recipe_and_its_data(recipe: Recipe, folder: RunFolder) -> None:

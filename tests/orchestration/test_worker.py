@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from orchestration.curves import Curves, DivergedError
+from orchestration.curves import Curves
 from orchestration.engine import PlainEngine
 from orchestration.rank import Data, build_model, train_bare, training_stream
 from orchestration.recipe import Recipe
 from orchestration.schedule import Schedule
-from orchestration.worker import StepReport, curve_names, train
-from pipelines import micro_batches
+from orchestration.worker import DivergedError, StepReport, curve_names, train
 
 
 def changed(recipe: Recipe, section: str, **fields: Any) -> Recipe:
@@ -63,8 +62,7 @@ def test_slices_of_a_step_add_up_to_it_for_every_world_size(recipe: Recipe, data
 
     def first_step(rank: int, world: int) -> StepReport:
         reports: list[StepReport] = []
-        accumulation = micro_batches(16, world, 3)[0]
-        engine = PlainEngine(build_model(recipe), micro_batches=accumulation)
+        engine = PlainEngine(build_model(recipe))
         one = changed(changed(recipe, "train", micro_batch=3), "train", steps=1, gate_from=0)
         with training_stream(one, data.train, rank, world) as stream:
             train(engine, stream, Schedule(one.train), hooks=[reports.append])
@@ -78,7 +76,7 @@ def test_slices_of_a_step_add_up_to_it_for_every_world_size(recipe: Recipe, data
 
 def test_points_are_those_of_every_nth_step_and_carry_their_time(recipe: Recipe, data: Data) -> None:
     seconds = iter(range(1, 100))
-    engine = PlainEngine(build_model(recipe), micro_batches=1)
+    engine = PlainEngine(build_model(recipe))
     curves = Curves(engine, every=3, num_slots=4, now=lambda: float(next(seconds)))
     reports: list[StepReport] = []
     with training_stream(recipe, data.train) as stream:
@@ -95,7 +93,7 @@ def test_points_are_those_of_every_nth_step_and_carry_their_time(recipe: Recipe,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(recipe: Recipe, data: Data) -> None:
-    engine = PlainEngine(build_model(recipe), micro_batches=1)
+    engine = PlainEngine(build_model(recipe))
     curves = Curves(engine, every=10, num_slots=4)
     wild = changed(recipe, "train", learning_rate=1e30, steps=4)
     with training_stream(wild, data.train) as stream:
@@ -106,7 +104,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(recipe: Reci
 
 def test_the_ledger_of_a_run_holds_every_sample_once_an_epoch(recipe: Recipe, data: Data, tmp_path: Path) -> None:
     epoch = changed(recipe, "train", steps=13)
-    engine = PlainEngine(build_model(epoch), micro_batches=1)
+    engine = PlainEngine(build_model(epoch))
     with training_stream(epoch, data.train, ledger=tmp_path / "ledger") as stream:
         train(engine, stream, Schedule(epoch.train))
     samples = [int(line.split()[3]) for line in (tmp_path / "ledger").read_text().splitlines()]

@@ -240,3 +240,19 @@ def test_differences_are_precise_in_float32_for_flat_and_for_sharp_masks(spread:
     single = keep_differences(*(part.float() for part in (images, pictures, logits, keep)))
     assert single.dtype == torch.float32
     assert (single - differences(images, pictures, logits, keep)).abs().max() <= 2e-4
+
+
+@pytest.mark.parametrize("exploration", [0.01, 0.05, 0.4])
+def test_exploration_bounds_the_probability_of_both_decisions(exploration: float) -> None:
+    gate = SlotGate(8, exploration=exploration).double()
+    with torch.no_grad():
+        gate.logits.weight.mul_(1e4)  # decisions as extreme as they come
+    with torch.no_grad():
+        probability = gate(torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(0)).double()).probability
+    assert probability.min() == pytest.approx(exploration, rel=1e-3)
+    assert probability.max() == pytest.approx(1 - exploration, rel=1e-3)
+
+
+def test_exploration_has_to_leave_room_for_a_decision() -> None:
+    with pytest.raises(ValueError, match=r"exploration: 0.5 is not in \[0, 0.5\)"):
+        SlotGate(8, exploration=0.5)

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import RECIPE, Run
+import pytest
 from PIL import Image
+from runs import RECIPE, Run
 
 STEPS = RECIPE["train"]["steps"]
 
@@ -36,7 +37,9 @@ def test_every_curve_has_each_of_its_steps_once(twin: tuple[Run, str]) -> None:
     for name in ("time/step", "time/data_wait", "throughput/images_per_second"):
         assert [step for step, _ in run.points(name)] == every, name
     assert [step for step, _ in curves["eval/fg_ari"]] == [150, 300, 450, 600]
-    assert curves["final/fg_ari"] == [(STEPS, curves["eval/fg_ari"][-1][1])]
+    ((last, final),) = curves["final/fg_ari"]
+    assert last == STEPS
+    assert final == pytest.approx(curves["eval/fg_ari"][-1][1], rel=1e-6)  # two ranks and one add up in other orders
     losses = [value for _, value in curves["loss/reconstruction"]]
     assert sum(losses[-5:]) < sum(losses[:5])
     assert all(value == 4 for step, value in curves["slots/kept_mean"] if step <= 150)  # before the gate decides

@@ -2,8 +2,11 @@
 
 import os
 import signal
+from pathlib import Path
 
-from conftest import RECIPE, Run, kill_everything, wait, workers
+from runs import RECIPE, Run, kill_everything, wait, workers
+
+from orchestration.run_folder import Lease, RunFolder
 
 STEPS = RECIPE["train"]["steps"]
 
@@ -21,11 +24,6 @@ def test_kills_interrupts_and_a_torn_checkpoint_leave_no_trace_in_the_curve(twin
     at_kill = run.newest_step()
     run.wait_for_step(at_kill + 30, driver)
 
-    # A second driver is refused while the first one lives.
-    code, output = run.finish(run.start())
-    assert code == 3, output
-    assert f"process {driver.pid} on" in output
-
     # Ctrl-C.
     os.kill(driver.pid, signal.SIGINT)
     code, output = run.finish(driver)
@@ -38,11 +36,12 @@ def test_kills_interrupts_and_a_torn_checkpoint_leave_no_trace_in_the_curve(twin
     newest = max(run.folder.glob("checkpoints/[0-9]*/manifest.json")).parent
     part = newest / "part-00001.safetensors"
     part.write_bytes(part.read_bytes()[:100])
-    before = run.newest_step()
+    torn = run.newest_step()
     driver = run.start()
     wait(lambda: (newest.parent / f"damaged-{newest.name}").exists() or driver.poll() is not None)
-    run.wait_for_step(before, driver)
+    run.wait_for_step(torn, driver)
     kill_everything(driver)
+    before = run.newest_step()
     assert run.newest_step() < STEPS, "the kill came too late to test anything"
 
     # The same command once more, to the end.
@@ -54,3 +53,11 @@ def test_kills_interrupts_and_a_torn_checkpoint_leave_no_trace_in_the_curve(twin
     assert ours.keys() == theirs.keys()
     for name, points in theirs.items():
         assert ours[name] == points, name  # each step once, and bit for bit: the world size did not change
+
+
+def test_a_second_driver_is_refused_while_the_first_one_lives(home: Path) -> None:
+    run = Run(home, "held")
+    with Lease(RunFolder(run.folder)):
+        code, output = run.finish(run.start())
+    assert code == 3, output
+    assert f"process {os.getpid()} on" in output

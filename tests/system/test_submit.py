@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Run, wait
+from runs import PATIENCE, Run, wait
 
 ROOT = Path(__file__).parents[2]
 FINISHED = {"SUCCEEDED", "FAILED", "STOPPED"}
