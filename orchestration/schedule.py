@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from orchestration.recipe import TrainSection
+from slot_models import Stage
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,17 @@ class Schedule:
             rate *= min(1.0, (train.steps - step) / train.decay_steps)
         return rate
 
-    def gated(self, step: int) -> bool:
-        """Whether the gate decides yet."""
-        return step >= self.train.gate_from
+    def stage(self, step: int) -> Stage:
+        """What the gate does: keeps every slot, drops some at random, decides."""
+        if step >= self.train.gate_from:
+            return "deciding"
+        random_from = self.train.random_from
+        return "random" if random_from is not None and step >= random_from else "open"
 
     def keep_weight(self, step: int) -> float:
         """Weight of the penalty on the mean of keep: linear from the gate's first step to the end."""
         train = self.train
-        if not self.gated(step):
+        if self.stage(step) != "deciding":
             return 0.0
         end = train.keep_weight if train.keep_weight_end is None else train.keep_weight_end
         return train.keep_weight + (end - train.keep_weight) * (step - train.gate_from) / (

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slot_models import SlotOutput
+from slot_models import SlotOutput, Stage
 
 
 class Micro(Protocol):
@@ -50,7 +50,7 @@ class Schedule(Protocol):
     @property
     def temperature(self) -> float: ...
     def learning_rate(self, step: int) -> float: ...
-    def gated(self, step: int) -> bool: ...
+    def stage(self, step: int) -> Stage: ...
     def keep_weight(self, step: int) -> float: ...
 
 
@@ -119,7 +119,7 @@ def train(
                 micro.slot_noise,
                 micro.gate_noise,
                 temperature=schedule.temperature,
-                gated=schedule.gated(step),
+                stage=schedule.stage(step),
             )
             reconstruction = reconstruction_error(output, micro.images)  # [m]
             penalty = keep_weight * output.keep.mean(dim=1)  # [m]

@@ -4,7 +4,7 @@ torch, einops and numpy alone. Modules take tensors and return tensors; randomne
 is a function of its arguments.
 """
 
-from slot_models.adaptive import AdaptiveSlotWrapper, SlotGate, keep_differences, masked_mixture
+from slot_models.adaptive import AdaptiveSlotWrapper, SlotGate, Stage, keep_differences, masked_mixture
 from slot_models.attention import SlotAttention
 from slot_models.autoencoder import SlotAutoencoder, SlotOutput, build_autoencoder
 from slot_models.counts import SlotCounts, count_confusion
@@ -21,6 +21,7 @@ __all__ = [
     "SlotGate",
     "SlotOutput",
     "SpatialBroadcastDecoder",
+    "Stage",
     "adjusted_rand_index",
     "build_autoencoder",
     "count_confusion",

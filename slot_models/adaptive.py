@@ -1,7 +1,7 @@
 """Adaptive slots: a gate decides for each slot whether the image needs it (AdaSlot, Fan et al. 2024)."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from slot_models.attention import SlotAttention
 
 MIXTURE_EPS = 1e-5
+Stage = Literal["open", "random", "deciding"]
 
 
 class Gate(NamedTuple):
@@ -46,19 +47,25 @@ class SlotGate(nn.Module):
         if not 0 <= exploration < 0.5:
             raise ValueError(f"exploration: {exploration} is not in [0, 0.5)")
         self.limit = math.log((1 - exploration) / exploration) / 2 if exploration else math.inf
+        self.keep_bias = keep_bias
         self.norm = nn.LayerNorm(dim)
         self.hidden = nn.Linear(dim, 4 * dim)
         self.logits = nn.Linear(4 * dim, 2)
         with torch.no_grad():
             self.logits.bias.copy_(torch.tensor([-keep_bias / 2, keep_bias / 2]))
 
-    def forward(self, slots: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> Gate:
+    def forward(
+        self, slots: Tensor, noise: Tensor | None = None, temperature: float = 1.0, stage: Stage = "deciding"
+    ) -> Gate:
         """Decides.
 
         Args:
             slots: float [B, K, D].
             noise: standard Gumbel [B, K, 2]; without it the decision is the likelier one.
             temperature: of the softmax whose gradient the decision takes; the decision itself does not depend on it.
+            stage: of training. "open" keeps every slot; "random" keeps each with the probability of a fresh gate,
+                sigmoid(keep_bias), whatever it holds: slots that cannot rely on each other learn to hold whole objects.
+                In both the gate still runs, with a gradient of zero: ZeRO-3 would repeat its last one otherwise.
 
         Raises:
             ValueError: the temperature is not positive, or the noise has another shape than the logits.
@@ -67,6 +74,8 @@ class SlotGate(nn.Module):
             raise ValueError(f"temperature: {temperature} is not positive")
         logits = self.logits(self.hidden(self.norm(slots)).relu())  # [B, K, 2]
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        if stage == "random":
+            logits = 0.0 * logits + logits.new_tensor([-self.keep_bias / 2, self.keep_bias / 2])
         if self.limit < math.inf:
             logits = self.limit * (logits / self.limit).tanh()
         if noise is not None and noise.shape != logits.shape:
@@ -78,6 +87,8 @@ class SlotGate(nn.Module):
         hard = (margin > 0).to(soft)
         likeliest = torch.zeros_like(hard).scatter(1, margin.argmax(dim=1, keepdim=True), 1.0)
         hard = torch.where(hard.sum(dim=1, keepdim=True) > 0, hard, likeliest)  # an image has at least one slot
+        if stage == "open":
+            return Gate(keep=torch.ones_like(hard) + 0.0 * soft, probability=probability)
         return Gate(keep=hard + (soft - soft.detach()), probability=probability)
 
 

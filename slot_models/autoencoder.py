@@ -7,7 +7,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from slot_models.adaptive import Gate, SlotGate, keep_differences, masked_mixture
+from slot_models.adaptive import Gate, SlotGate, Stage, keep_differences, masked_mixture
 from slot_models.attention import Gradient, Initial, SlotAttention
 from slot_models.decoders import MaskCell, SpatialBroadcastDecoder
 from slot_models.encoders import ConvEncoder
@@ -66,7 +66,7 @@ class SlotAutoencoder(nn.Module):
         gate_noise: Tensor | None = None,
         *,
         temperature: float = 1.0,
-        gated: bool = True,
+        stage: Stage = "deciding",
     ) -> SlotOutput:
         """Encodes and decodes.
 
@@ -75,13 +75,10 @@ class SlotAutoencoder(nn.Module):
             slot_noise: standard normal [B, K, D]; a fixed draw where it is not given.
             gate_noise: standard Gumbel [B, K, 2]; the gate takes its argmax where it is not given.
             temperature: of the gate's gradient.
-            gated: False keeps every slot, for the first stage of training. The gate still runs, with a gradient of
-                zero: ZeRO-3 would repeat its last one otherwise.
+            stage: of the gate's training, see SlotGate.
         """
         slots = self.slot_attention(self.encoder(images), noise=slot_noise)  # [B, K, D]
-        keep, probability = self._decide(slots, gate_noise, temperature)
-        if not gated:
-            keep = torch.ones_like(keep) + 0.0 * keep
+        keep, probability = self._decide(slots, gate_noise, temperature, stage)
         pictures, mask_logits = self.decoder(slots)  # [B, K, 3, H, W], [B, K, H, W]
         by_difference = self.gate_gradient == "difference"
         masks = masked_mixture(mask_logits, keep.detach() if by_difference else keep)
@@ -92,11 +89,11 @@ class SlotAutoencoder(nn.Module):
             gate_term = (differences * (keep - keep.detach())).sum(dim=1)
         return SlotOutput(slots, keep, probability, masks, pictures, reconstruction, gate_term)
 
-    def _decide(self, slots: Tensor, noise: Tensor | None, temperature: float) -> Gate:
+    def _decide(self, slots: Tensor, noise: Tensor | None, temperature: float, stage: Stage) -> Gate:
         if self.gate is None:
             every = torch.ones(slots.shape[:2], device=slots.device)
             return Gate(every, every)
-        gate: Gate = self.gate(slots, noise, temperature)
+        gate: Gate = self.gate(slots, noise, temperature, stage)
         return gate
 
 

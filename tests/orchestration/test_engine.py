@@ -17,7 +17,6 @@ BATCH = 13  # a prime: slices are uneven and micro batches are padded
 SLOTS, DIM, SIZE = 4, 16, 12
 BREAK, END = 4, 7
 LEARNING_RATE = 1e-2
-GATED_FROM = 2  # before, the gate's gradient is zero: ZeRO-3 would repeat a stale one
 
 
 Curve = list[tuple[float, float, float]]
@@ -66,7 +65,9 @@ def run(engine: Engine, first: int, last: int, largest: int = 3) -> Curve:
         for start in range(0, len(places), size):
             chosen = torch.tensor(places[start : start + size])
             share = torch.tensor(weights[start : start + size]) / BATCH
-            output = engine(images[chosen], slots[chosen], gate[chosen], gated=step >= GATED_FROM)
+            output = engine(
+                images[chosen], slots[chosen], gate[chosen], stage=("open", "random", "deciding")[min(step, 2)]
+            )
             loss = (output.reconstruction - images[chosen]).square().mean((1, 2, 3)) + 0.05 * output.keep.mean(1)
             loss = loss + output.gate_term
             total += (loss * share).sum().detach()

@@ -25,6 +25,7 @@ WRONG = [
     ("model.image_size=20", ["model.image_size", "20", "set it to 21"]),
     ("model.adaptive=false", ["train.keep_weight", "0.", "model.adaptive: true"]),
     ("train.steps=10", ["train.decay_steps", "more than train.steps: 10", "lower it or train longer"]),
+    ("train.random_from=5000", ["train.random_from", "5000", "after train.gate_from", "set null"]),
     ("train.gate_from=100000", ["train.gate_from", "100000", "lower it"]),
     ("evaluate.background_slots=9", ["evaluate.background_slots", "9", "lower it"]),
     ("registry.floors={fg_ari: 2}", ["registry.floors.fg_ari", "2", "less than or equal to 1"]),
@@ -99,9 +100,17 @@ def test_the_published_schedule() -> None:
 
 
 def test_the_gate_and_its_penalty_start_when_the_recipe_says() -> None:
-    overrides = ["steps=2100", "gate_from=100", "keep_weight=0.2", "keep_weight_end=0.1", "decay_steps=1000"]
+    overrides = [
+        "steps=2100",
+        "random_from=40",
+        "gate_from=100",
+        "keep_weight=0.2",
+        "keep_weight_end=0.1",
+        "decay_steps=1000",
+    ]
     schedule = Schedule(load_recipe("demo", [f"train.{override}" for override in overrides]).train)
-    assert [schedule.gated(step) for step in (0, 99, 100)] == [False, False, True]
+    stages = ["open", "open", "random", "random", "deciding"]
+    assert [schedule.stage(step) for step in (0, 39, 40, 99, 100)] == stages
     weights = [schedule.keep_weight(step) for step in (99, 100, 1100, 2100)]
     assert weights == pytest.approx([0, 0.2, 0.15, 0.1])
     assert schedule.learning_rate(schedule.steps - 1) == pytest.approx(schedule.learning_rate(1000) / 1000)

@@ -256,3 +256,18 @@ def test_exploration_bounds_the_probability_of_both_decisions(exploration: float
 def test_exploration_has_to_leave_room_for_a_decision() -> None:
     with pytest.raises(ValueError, match=r"exploration: 0.5 is not in \[0, 0.5\)"):
         SlotGate(8, exploration=0.5)
+
+
+@pytest.mark.parametrize("keep_bias", [-1.0, 0.0, 2.0])
+def test_the_random_stage_keeps_slots_with_a_fresh_gates_probability_whatever_they_hold(keep_bias: float) -> None:
+    gate = build(keep_bias=keep_bias)
+    slots = torch.randn(4000, 5, 6, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    uniform = torch.rand(4000, 5, 2, generator=torch.Generator().manual_seed(1)).double()
+    keep = gate(slots, -uniform.log().neg().log(), stage="random").keep
+    expected = 1 / (1 + np.exp(-keep_bias))
+    none = (1 - expected) ** 5  # one is kept then
+    assert keep.mean().item() == pytest.approx(expected + none / 5, abs=4 * (expected * (1 - expected) / 20000) ** 0.5)
+    keep.square().sum().backward()
+    assert slots.grad is not None
+    assert slots.grad.count_nonzero() == 0
+    assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in gate.parameters())

@@ -11,7 +11,7 @@ from einops import einsum
 from slot_oracles import distance, randomise
 from torch import Tensor
 
-from slot_models import SlotAutoencoder, SlotOutput, build_autoencoder
+from slot_models import SlotAutoencoder, SlotOutput, Stage, build_autoencoder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEMO = yaml.safe_load((RECIPES / "demo.yaml").read_text())["model"]
@@ -51,16 +51,16 @@ def loss_of(output: SlotOutput, images: Tensor, keep_weight: float) -> Tensor:
 
 
 @each_model
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("stage", ["open", "random", "deciding"])
 @pytest.mark.parametrize("keep_weight", [0.0, 0.1])
-def test_every_parameter_gets_a_gradient(sizes: dict[str, Any], gated: bool, keep_weight: float) -> None:
+def test_every_parameter_gets_a_gradient(sizes: dict[str, Any], stage: Stage, keep_weight: float) -> None:
     model, images = build(sizes), blocks(2, sizes["image_size"])
-    output = model(images, *noises(sizes, 2), gated=gated)
-    assert gated or (output.keep == 1).all()
+    output = model(images, *noises(sizes, 2), stage=stage)
+    assert stage != "open" or (output.keep == 1).all()
     loss_of(output, images, keep_weight).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        if name.startswith("gate.") and not gated:
+        if name.startswith("gate.") and stage != "deciding":
             assert (parameter.grad == 0).all(), name
         elif name != "slot_attention.norm_slots.bias":  # shared by all slots, so their softmax does not see it
             assert parameter.grad.abs().max() > 0, name
