@@ -113,9 +113,7 @@ class TrainSection(Section):
     decay_steps: int = Field(0, ge=0, description="linear fall to zero over the last steps")
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the global gradient")
     keep_weight: float = Field(0.0, ge=0, description="penalty on the mean of keep, for an adaptive model")
-    random_from: int | None = Field(
-        None, ge=0, description="from this step slots are dropped at random, until gate_from"
-    )
+    random_from: int | None = Field(None, ge=0, description="slots are dropped at random from here to gate_from")
     gate_from: int = Field(0, ge=0, description="the gate decides from this step; before, every slot is kept")
     keep_weight_end: float | None = Field(None, ge=0, description="the penalty's weight at the end; null: no change")
     temperature: float = Field(1.0, gt=0, description="of the gate's straight-through gradient")
@@ -209,7 +207,8 @@ class Recipe(Section):
             )
         if train.random_from is not None and train.random_from > train.gate_from:
             raise ValueError(
-                f"train.random_from: {train.random_from} is after train.gate_from: {train.gate_from}; lower it or set null"
+                f"train.random_from: {train.random_from} is after train.gate_from: {train.gate_from}; "
+                "lower it or set null"
             )
         if train.gate_from >= train.steps and model.adaptive:
             raise ValueError(

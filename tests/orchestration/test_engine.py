@@ -11,11 +11,13 @@ from torch import Tensor
 
 from orchestration.engine import DeepSpeedEngine, Engine, PlainEngine, Precision
 from pipelines import micro_batches
-from slot_models import SlotAutoencoder, build_autoencoder
+from slot_models import SlotAutoencoder, Stage, build_autoencoder
 
 BATCH = 13  # a prime: slices are uneven and micro batches are padded
 SLOTS, DIM, SIZE = 4, 16, 12
 BREAK, END = 4, 7
+# At first the gate has no gradient: ZeRO-3 would repeat a stale one.
+STAGES: tuple[Stage, ...] = ("open", "random", "deciding")
 LEARNING_RATE = 1e-2
 
 
@@ -65,9 +67,7 @@ def run(engine: Engine, first: int, last: int, largest: int = 3) -> Curve:
         for start in range(0, len(places), size):
             chosen = torch.tensor(places[start : start + size])
             share = torch.tensor(weights[start : start + size]) / BATCH
-            output = engine(
-                images[chosen], slots[chosen], gate[chosen], stage=("open", "random", "deciding")[min(step, 2)]
-            )
+            output = engine(images[chosen], slots[chosen], gate[chosen], stage=STAGES[min(step, 2)])
             loss = (output.reconstruction - images[chosen]).square().mean((1, 2, 3)) + 0.05 * output.keep.mean(1)
             loss = loss + output.gate_term
             total += (loss * share).sum().detach()

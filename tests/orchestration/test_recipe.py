@@ -100,15 +100,9 @@ def test_the_published_schedule() -> None:
 
 
 def test_the_gate_and_its_penalty_start_when_the_recipe_says() -> None:
-    overrides = [
-        "steps=2100",
-        "random_from=40",
-        "gate_from=100",
-        "keep_weight=0.2",
-        "keep_weight_end=0.1",
-        "decay_steps=1000",
-    ]
-    schedule = Schedule(load_recipe("demo", [f"train.{override}" for override in overrides]).train)
+    fields = {"steps": 2100, "random_from": 40, "gate_from": 100, "keep_weight": 0.2, "keep_weight_end": 0.1}
+    fields["decay_steps"] = 1000
+    schedule = Schedule(load_recipe("demo", [f"train.{name}={value}" for name, value in fields.items()]).train)
     stages = ["open", "open", "random", "random", "deciding"]
     assert [schedule.stage(step) for step in (0, 39, 40, 99, 100)] == stages
     weights = [schedule.keep_weight(step) for step in (99, 100, 1100, 2100)]
