@@ -4,9 +4,11 @@ Points are made by rank 0, travel in checkpoints, and are sent by the driver fro
 that MLflow has already, from an attempt before, is not sent again.
 """
 
+import fcntl
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ class Tracker:
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self.uri = tracking_uri(recipe)
-        self.client = MlflowClient(self.uri, registry_uri=self.uri)
+        with _one_at_a_time(self.uri):
+            self.client = MlflowClient(self.uri, registry_uri=self.uri)
         self._folder = folder
         self._kept = recipe.train.checkpoints_kept
         known = folder.facts.get("mlflow", {})
@@ -133,6 +136,17 @@ class Tracker:
 
     def _last_step(self, name: str) -> int:
         return max((metric.step for metric in self.client.get_metric_history(self.run_id, name)), default=-1)
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Two first runs at once would both make the tables of an sqlite store, and fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    with Path(f"{uri.removeprefix('sqlite:///')}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed
+        yield
 
 
 def is_absent(error: MlflowException) -> bool:

@@ -293,9 +293,27 @@ def test_a_shard_that_cannot_be_read_now_stops_the_run(folder: Path, monkeypatch
 
     plan = plan_of(folder)
     monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr("pipelines.reader.RETRY_SECONDS", (0.0, 0.0))
     with open_stream(plan, folder) as stream, pytest.raises(DataError, match=r"002\.tar: cannot be read .*output"):
         read_epochs(stream, plan)
     assert stream.bad == {}
+
+
+def test_a_fault_that_passes_changes_no_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, opened, failures = plan_of(folder), Path.open, 2
+
+    def failing(self: Path, *arguments, **keywords):  # type: ignore[no-untyped-def]
+        nonlocal failures
+        if self.name == "002.tar" and failures:
+            failures -= 1
+            raise OSError(110, "Connection timed out")
+        return opened(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr("pipelines.reader.RETRY_SECONDS", (0.0, 0.0))
+    steps = range(plan.steps_per_epoch)
+    assert handed_out(plan, folder, steps, 1) == [plan.batch(step).tolist() for step in steps]
+    assert failures == 0
 
 
 def test_the_ledger_proves_each_sample_once_through_a_change_of_world(folder: Path, tmp_path: Path) -> None:
