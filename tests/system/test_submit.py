@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,12 @@ from runs import PATIENCE, Run, wait
 ROOT = Path(__file__).parents[2]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture
 def head(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A head with a token of its own; its dashboard's address."""
@@ -25,6 +32,7 @@ def head(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "start", "--head", "--block", "--port=0", "--num-cpus=2", "--dashboard-port=0"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default is taken where another Ray runs
     log = home / "head.log"
     with log.open("w") as file:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # an activated environment
