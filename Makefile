@@ -24,7 +24,7 @@ dev: .venv/installed-dev ## the same, with what tests and lint take
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	@echo "Installing into .venv: about 0.6 GB of downloads, and torch: 0.2 GB as a CPU wheel, about 3 GB with CUDA,"
+	@echo "Installing into .venv: about 0.5 GB of downloads, and torch: 0.2 GB as a CPU wheel, about 3 GB with CUDA,"
 	@echo "which is what PyPI has for Linux. Without a GPU: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 	$(if $(TORCH_INDEX),$(BIN)/pip install -q --index-url $(TORCH_INDEX) torch==2.13.0)
 	$(BIN)/pip install -q -e .
