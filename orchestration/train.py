@@ -251,6 +251,7 @@ def main(recipe: str, overrides: list[str], fresh: bool) -> int:
 
     console = Console()
     began = time.monotonic()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends like Ctrl-C: with its lease returned
     try:
         run(load_recipe(recipe, overrides), fresh=fresh, console=console)

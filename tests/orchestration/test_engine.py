@@ -167,13 +167,15 @@ def test_a_stage_on_two_workers_trains_as_one_plain_process_does(folder: Path, s
         facts = torch.load(folder / f"stage-{stage}-rank-{rank}.pt")
         close(facts["curve"], curve, loss=1e-5, norm=1e-4)
         assert facts["final"].keys() == weights.keys()
+        squares = torch.cat([state["exp_avg_sq"].flatten() for state in weights.values()])
+        seen = squares > 1e-9 * squares.max()
+        # The rest is what the softmax over slots cannot see: a gradient of rounding, which Adam divides by itself.
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            # Over all entries: Adam divides a gradient that is zero but for rounding by itself, so one may differ.
             ours, theirs = (
                 torch.cat([s[kind].flatten() for s in state.values()]) for state in (facts["final"], weights)
             )
             moved = theirs - torch.cat([start[name].flatten() for name in weights]) if kind == "weight" else theirs
-            assert (ours - theirs).norm() < 1e-3 * moved.norm(), kind
+            assert (ours - theirs)[seen].norm() < 1e-3 * moved[seen].norm(), kind
 
 
 @pytest.mark.parametrize("stage", range(4))

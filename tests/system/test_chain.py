@@ -24,7 +24,8 @@ def test_one_command_goes_from_nothing_to_a_registered_model(twin: tuple[Run, st
     assert {a.path for a in run.client.list_artifacts(run.run_id)} >= {"recipe.yaml", "pictures"}
     program = "import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1]); print(mlflow.pyfunc.load_model(sys.argv[2]))"
     command = [sys.executable, "-c", program, run.uri, "models:/slotforge-twin@champion"]
-    loaded = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = subprocess.run(command, capture_output=True, text=True, check=False, env=run.environment)
+    assert loaded.returncode == 0, loaded.stderr
     assert "mlflow.pyfunc.loaded_model" in loaded.stdout
 
 
