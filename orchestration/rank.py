@@ -12,7 +12,7 @@ import torch
 
 from orchestration.checkpoints import DamagedCheckpointError, Saver, new_token, newest_valid, restore
 from orchestration.curves import Curves
-from orchestration.engine import DeepSpeedEngine, Engine, PlainEngine
+from orchestration.engine import DeepSpeedEngine, PlainEngine
 from orchestration.evaluate import evaluate
 from orchestration.files import write_bytes, write_json
 from orchestration.recipe import Recipe, parse_recipe
@@ -227,6 +227,3 @@ def _log_to(path: Path) -> None:
         package.handlers = [handler]
         package.setLevel(logging.INFO)
         package.propagate = False
-
-
-__all__ = ["Data", "Engine", "build_model", "evaluation_batches", "train_bare", "train_rank", "training_stream"]

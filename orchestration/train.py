@@ -142,22 +142,20 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
                     line, style="dim" if " INFO " in line else "yellow", highlight=False, markup=False
                 )
             outage = _send(tracker, progress, outage)
-    except KeyboardInterrupt:
-        _send(tracker, progress, outage)
-        tracker.status("KILLED")
+        if failure.exists():
+            facts = json.loads(failure.read_text())
+            raise TrainingError(f"{facts['error']}: {facts['message']}")
+        if outcome:
+            raise TrainingError(
+                f"parallel.max_failures: the workers failed more than {recipe.parallel.max_failures} times, or found "
+                f"no room for {workers.min} of them; the last time:\n{outcome[0]}"
+            )
+    except (KeyboardInterrupt, TrainingError) as stop:
+        if not _send(tracker, progress, outage):  # an MLflow that is down does not hide why the run stopped
+            tracker.status("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
         raise
     progress.remove_task(bar)
     tracker.send_committed()
-    if failure.exists():
-        tracker.status("FAILED")
-        facts = json.loads(failure.read_text())
-        raise TrainingError(f"{facts['error']}: {facts['message']}")
-    if outcome:
-        tracker.status("FAILED")
-        raise TrainingError(
-            f"parallel.max_failures: the workers failed more than {recipe.parallel.max_failures} times, or found no "
-            f"room for {workers.min} of them; the last time:\n{outcome[0]}"
-        )
     tracker.status("FINISHED")
     shutil.rmtree(folder.path / "ray", ignore_errors=True)  # Ray's own notes; the run's folder is the truth
 
