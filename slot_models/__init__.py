@@ -5,7 +5,7 @@ is a function of its arguments.
 """
 
 from slot_models.adaptive import AdaptiveSlotWrapper, SlotGate, Stage, keep_differences, masked_mixture
-from slot_models.attention import SlotAttention
+from slot_models.attention import MultiHeadSlotAttention, SlotAttention
 from slot_models.autoencoder import SlotAutoencoder, SlotOutput, build_autoencoder
 from slot_models.counts import SlotCounts, count_confusion
 from slot_models.decoders import SpatialBroadcastDecoder
@@ -15,6 +15,7 @@ from slot_models.metrics import adjusted_rand_index, foreground_ari
 __all__ = [
     "AdaptiveSlotWrapper",
     "ConvEncoder",
+    "MultiHeadSlotAttention",
     "SlotAttention",
     "SlotAutoencoder",
     "SlotCounts",

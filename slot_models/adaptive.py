@@ -6,7 +6,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slot_models.attention import SlotAttention
+from slot_models.attention import MultiHeadSlotAttention, SlotAttention
+from slot_models.checks import check_finite, check_shape
+from slot_models.precision import at_least_float, full_precision
 
 MIXTURE_EPS = 1e-5
 Stage = Literal["open", "random", "deciding"]
@@ -70,18 +72,19 @@ class SlotGate(nn.Module):
         Raises:
             ValueError: the temperature is not positive, or the noise has another shape than the logits.
         """
-        if not temperature > 0:
-            raise ValueError(f"temperature: {temperature} is not positive")
-        logits = self.logits(self.hidden(self.norm(slots)).relu())  # [B, K, 2]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        check_temperature(temperature)
+        check_shape("slots", slots, ("B", "K", self.hidden.in_features))
+        with full_precision(slots):
+            logits = at_least_float(self.logits(self.hidden(self.norm(slots.to(self.norm.weight))).relu()))  # [B, K, 2]
         if stage == "random":
             logits = 0.0 * logits + logits.new_tensor([-self.keep_bias / 2, self.keep_bias / 2])
         if self.limit < math.inf:
             logits = self.limit * (logits / self.limit).tanh()
-        if noise is not None and noise.shape != logits.shape:
-            raise ValueError(f"noise: shape {tuple(noise.shape)} is not {tuple(logits.shape)}")
         probability = logits.softmax(dim=-1)[..., 1]  # [B, K]
-        noisy = logits if noise is None else logits + noise.to(logits)
+        noisy = logits
+        if noise is not None:
+            check_shape("noise", noise, tuple(logits.shape))
+            noisy = logits + noise.to(logits)
         soft = (noisy / temperature).softmax(dim=-1)[..., 1]  # [B, K]
         margin = noisy[..., 1] - noisy[..., 0]
         hard = (margin > 0).to(soft)
@@ -92,26 +95,116 @@ class SlotGate(nn.Module):
         return Gate(keep=hard + (soft - soft.detach()), probability=probability)
 
 
+class PackageGate(nn.Module):
+    """The gate of the PyPI package slot-attention 1.5.2, to go on with its models; it is not the paper's.
+
+    One Linear without bias. Noise is added after the division by the temperature, so the temperature changes how often
+    slots are kept; the gradient is that of the logits without noise; every slot may be dropped.
+
+    Args:
+        dim: width of a slot.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.logits = nn.Linear(dim, 2, bias=False)
+
+    def forward(self, slots: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> Gate:
+        """slots [B, K, D], standard Gumbel noise [B, K, 2] -> Gate; without noise the decision is the likelier one."""
+        check_temperature(temperature)
+        check_shape("slots", slots, ("B", "K", self.logits.in_features))
+        with full_precision(slots):
+            logits = at_least_float(self.logits(slots.to(self.logits.weight))) / temperature  # [B, K, 2]
+        noisy = logits
+        if noise is not None:
+            check_shape("noise", noise, tuple(logits.shape))
+            noisy = logits + noise.to(logits)
+        hard = (noisy[..., 1] > noisy[..., 0]).to(logits)
+        soft = logits.softmax(dim=-1)[..., 1]
+        return Gate(keep=hard + (soft - soft.detach()), probability=soft)
+
+
 class AdaptiveSlotWrapper(nn.Module):
     """Slot attention followed by the gate: ``slots, keep = wrapper(inputs)``.
 
+    The penalty of its loss is ``keep_penalty(keep)``. While training, hand in ``gate_noise``: without it the gate takes
+    the likelier decision, as it does at evaluation.
+
     Args:
         slot_attn: the attention to wrap; its ``dim`` is the gate's.
-        temperature: of the straight-through gradient.
+        temperature: of the straight-through gradient, unless a call says otherwise.
+        gate: another gate than the paper's, such as PackageGate(dim).
+
+    Raises:
+        ValueError: the temperature is not positive.
     """
 
-    def __init__(self, slot_attn: SlotAttention, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        slot_attn: SlotAttention | MultiHeadSlotAttention,
+        temperature: float = 1.0,
+        gate: SlotGate | PackageGate | None = None,
+    ) -> None:
         super().__init__()
+        check_temperature(temperature)
         self.slot_attn = slot_attn
-        self.gate = SlotGate(slot_attn.dim)
+        self.gate = SlotGate(slot_attn.dim) if gate is None else gate
         self.temperature = temperature
 
     def forward(
-        self, inputs: Tensor, *, noise: Tensor | None = None, gate_noise: Tensor | None = None
+        self,
+        inputs: Tensor,
+        num_slots: int | None = None,
+        *,
+        slots: Tensor | None = None,
+        noise: Tensor | None = None,
+        gate_noise: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        temperature: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """inputs [B, N, C] -> slots [B, K, D], keep [B, K]; see SlotAttention and SlotGate for the noises."""
-        slots = self.slot_attn(inputs, noise=noise)
-        return slots, self.gate(slots, gate_noise, self.temperature).keep
+        """Finds the slots of a set of inputs and decides which of them it needs.
+
+        Args:
+            inputs, num_slots, slots, noise, input_mask: see SlotAttention.
+            gate_noise: standard Gumbel [B, K, 2], see gumbel_noise; the likelier decision without it.
+            temperature: for this call, of a schedule.
+
+        Returns:
+            slots [B, K, D]; keep [B, K], 0 or 1 in value, with the straight-through gradient.
+        """
+        found = self.slot_attn(inputs, num_slots, slots=slots, noise=noise, input_mask=input_mask)
+        gate = self.gate(found, gate_noise, self.temperature if temperature is None else temperature)
+        check_finite(gate.keep.detach(), gate_noise=gate_noise)
+        return found, gate.keep
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless the temperature is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature: {temperature} is not positive")
+
+
+def gumbel_noise(*shape: int, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise, float32, from a generator that the caller owns."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
+    return -(-uniform.log()).log().float()
+
+
+def keep_penalty(keep: Tensor) -> Tensor:
+    """Share of the slots that an image keeps, to be weighted and added to its loss (Fan et al. 2024, equation 9).
+
+    keep [B, K] -> [B]; the mean over the batch is the paper's mean over batch and slots.
+    """
+    return keep.mean(dim=1)
+
+
+def penalty_weight(published: float, channels: int, height: int, width: int) -> float:
+    """The published weight of the penalty, for a loss that is a mean.
+
+    The paper adds ``published * mean(keep)`` to an error that is summed over an image's values; a mean is smaller by
+    channels x height x width, and so is its weight: CLEVR10's 10 is 2.03e-4 at 3 x 128 x 128.
+    """
+    return published / (channels * height * width)
 
 
 @torch.no_grad()

@@ -1,83 +1,120 @@
 """Slot attention: slots compete for the inputs and are refined by a recurrent update."""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
-from einops import einsum
+from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
+from slot_models.attend import Competition, Update, attend
+from slot_models.checks import check_finite, check_positive, check_shape
+from slot_models.precision import full_precision
+
 Initial = Literal["shared", "per_slot"]
-Gradient = Literal["full", "bilevel"]
+Gradient = Literal["full", "bilevel", "implicit"]
 
 
-class SlotAttention(nn.Module):
-    """Slot attention (Locatello et al. 2020, algorithm 1).
+class AttentionOptions(TypedDict, total=False):
+    """What both modules below take by keyword.
 
-    Keys and values are never formed: ``logits = x (W_k^T q)`` and ``updates = W_v (attention^T x)`` are the same
-    maths with the projections applied to K slots rather than to N inputs.
-
-    Args:
-        num_slots: K, the number of slots unless the call says otherwise.
-        dim: D, the width of a slot.
-        iters: T, the number of refinements.
-        eps: added to the attention after the softmax over slots.
-        hidden_dim: width of the hidden layer of the slots' MLP.
-        input_dim: width of the inputs; ``dim`` by default.
+    Fields:
+        input_dim: C, width of the inputs; ``dim`` by default.
         initial: "shared" draws every slot from one learned Gaussian, as published; "per_slot" learns a mean for each
             slot (BO-QSA, Jia et al. 2023), which fixes K.
         initial_sigma: what the standard deviation of the initial slots starts at; drawn like the mean by default.
-        gradient: "full" goes through all iterations; "bilevel" through the last one alone, with a straight-through
-            path to the initial slots (BO-QSA).
+        gradient: "full" goes through all iterations; "implicit" through the last one alone (Chang et al. 2022);
+            "bilevel" too, with a straight-through path to the initial slots (BO-QSA).
+        update: what a slot takes of its inputs: their weighted "mean", as published, or "sum" over N, which
+            generalises to more slots than were trained (Krimmel et al. 2024).
+        qkv_bias: biases of queries, keys and values; the original has none.
         norm_eps: epsilon of the LayerNorms (1e-3 in the original's Keras).
         seed: keys the fixed noise of evaluation.
-
-    Raises:
-        ValueError: a size is not positive.
     """
+
+    input_dim: int | None
+    initial: Initial
+    initial_sigma: float | None
+    gradient: Gradient
+    update: Update
+    qkv_bias: bool
+    norm_eps: float
+    seed: int
+
+
+class Refined(NamedTuple):
+    """Slots and how they were found.
+
+    slots: float [B, K, D].
+    attention: float [B, K, N], what each slot won of each input in the last iteration; sums to 1 over the slots.
+    """
+
+    slots: Tensor
+    attention: Tensor
+
+
+class _IterativeAttention(nn.Module):
+    """The loop that SlotAttention and MultiHeadSlotAttention share; see there."""
 
     def __init__(
         self,
         num_slots: int,
         dim: int,
-        iters: int = 3,
-        eps: float = 1e-8,
-        hidden_dim: int = 128,
+        iters: int,
+        eps: float,
+        hidden_dim: int,
+        heads: int,
+        dim_head: int,
+        competition: Competition,
+        project: bool,
         *,
         input_dim: int | None = None,
         initial: Initial = "shared",
         initial_sigma: float | None = None,
         gradient: Gradient = "full",
+        update: Update = "mean",
+        qkv_bias: bool = False,
         norm_eps: float = 1e-5,
         seed: int = 0,
     ) -> None:
         super().__init__()
         input_dim = dim if input_dim is None else input_dim
-        sizes = {"num_slots": num_slots, "dim": dim, "iters": iters, "hidden_dim": hidden_dim, "input_dim": input_dim}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: {size} is not positive")
+        check_positive(
+            num_slots=num_slots, dim=dim, iters=iters, hidden_dim=hidden_dim, input_dim=input_dim, heads=heads,
+            dim_head=dim_head,
+        )  # fmt: skip
         if initial_sigma is not None and not initial_sigma > 0:
             raise ValueError(f"initial_sigma: {initial_sigma} is not positive")
         self.num_slots, self.dim, self.iters, self.eps = num_slots, dim, iters, eps
-        self.initial, self.initial_sigma, self.gradient, self.seed = initial, initial_sigma, gradient, seed
-        self.scale = dim**-0.5
+        self.heads, self.scale = heads, dim_head**-0.5
+        self.competition, self.update, self.gradient, self.seed = competition, update, gradient, seed
+        self.initial, self.initial_sigma = initial, initial_sigma
+        self.checks_values = True  # whether NaN in the inputs is named; off inside a model that checks its own
 
         initial_slots = num_slots if initial == "per_slot" else 1
         self.slots_mu = nn.Parameter(torch.empty(initial_slots, dim))
         self.slots_log_sigma = nn.Parameter(torch.empty(initial_slots, dim))
         # Plain parameters, not Linear modules: forward reads the matrices themselves, and ZeRO-3 gathers a parameter
         # for the module that owns it.
-        self.to_query = nn.Parameter(torch.empty(dim, dim))
-        self.to_key = nn.Parameter(torch.empty(dim, input_dim))
-        self.to_value = nn.Parameter(torch.empty(dim, input_dim))
+        width = heads * dim_head
+        self.to_query = nn.Parameter(torch.empty(width, dim))
+        self.to_key = nn.Parameter(torch.empty(width, input_dim))
+        self.to_value = nn.Parameter(torch.empty(width, input_dim))
+        for name in ("query_bias", "key_bias", "value_bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(width)) if qkv_bias else None)
+        self.query_bias: nn.Parameter | None
+        self.key_bias: nn.Parameter | None
+        self.value_bias: nn.Parameter | None
+        self.combine_heads = nn.Linear(width, dim) if project else None
         self.norm_inputs = nn.LayerNorm(input_dim, eps=norm_eps)
         self.norm_slots = nn.LayerNorm(dim, eps=norm_eps)
-        self.gru = nn.GRUCell(dim, dim)
+        self.gru = nn.GRUCell(dim if project else width, dim)
         self.mlp = nn.Sequential(
             nn.LayerNorm(dim, eps=norm_eps), nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, dim)
         )
+        self.fixed_noise: Tensor
+        self.register_buffer("fixed_noise", fixed_noise(num_slots, dim, seed), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,77 +128,186 @@ class SlotAttention(nn.Module):
             nn.init.xavier_uniform_(parameter)
         nn.init.xavier_uniform_(self.gru.weight_ih)  # over the three gates at once, as Keras does
         nn.init.orthogonal_(self.gru.weight_hh)
-        for bias in (self.gru.bias_ih, self.gru.bias_hh):
-            nn.init.zeros_(bias)
-        for layer in self.mlp:
+        for bias in (self.gru.bias_ih, self.gru.bias_hh, self.query_bias, self.key_bias, self.value_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        for layer in (*self.mlp, self.combine_heads):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def initial_slots(self, batch: int, num_slots: int, noise: Tensor | None) -> Tensor:
         """mu + sigma * noise; without noise, the fixed noise of evaluation, the same for every image. [B, K, D]"""
-        if num_slots < 1:
-            raise ValueError(f"num_slots: {num_slots} is not positive")
+        check_positive(num_slots=num_slots)
         if self.initial == "per_slot" and num_slots != self.num_slots:
             raise ValueError(f"num_slots: {num_slots} differs from the {self.num_slots} learned initial slots")
         if noise is None:
-            noise = fixed_noise(num_slots, self.dim, self.seed).expand(batch, -1, -1)
-        noise = noise.to(self.slots_mu)
-        if noise.shape != (batch, num_slots, self.dim):
-            raise ValueError(f"noise: shape {tuple(noise.shape)} is not {(batch, num_slots, self.dim)}")
-        return self.slots_mu + self.slots_log_sigma.exp() * noise
+            known = num_slots <= self.num_slots  # fewer slots take the first rows
+            noise = self.fixed_noise[:num_slots] if known else fixed_noise(num_slots, self.dim, self.seed)
+            noise = noise.expand(batch, -1, -1)
+        check_shape("noise", noise, (batch, num_slots, self.dim))
+        return self.slots_mu + self.slots_log_sigma.exp() * noise.to(self.slots_mu)
 
     def forward(
-        self, inputs: Tensor, num_slots: int | None = None, *, slots: Tensor | None = None, noise: Tensor | None = None
-    ) -> Tensor:
+        self,
+        inputs: Tensor,
+        num_slots: int | None = None,
+        *,
+        slots: Tensor | None = None,
+        noise: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+        input_noise: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> Tensor | Refined:
         """Finds the slots of a set of inputs.
 
         Args:
-            inputs: float [B, N, input_dim].
+            inputs: float [B, N, C].
             num_slots: K for this call.
             slots: initial slots [B, K, D], instead of drawn ones.
             noise: standard normal [B, K, D] of the initial slots; a fixed draw where it is not given, so that a result
                 never depends on the batch around it or on a generator's state.
+            input_mask: bool [B, N], the inputs that count; the others have no effect, whatever they hold.
+            slot_mask: bool [B, K], the slots that compete; the others win no input.
+            input_noise: float [B, T, N, C], added to the normalised inputs of each iteration (see MetaSlotAttention).
+            return_attention: also return the attention of the last iteration.
 
         Returns:
-            float [B, K, D].
+            float [B, K, D], or Refined(slots, attention).
 
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: a shape does not fit, or an argument holds NaN or infinity.
         """
-        if inputs.dim() != 3 or inputs.shape[-1] != self.to_key.shape[1]:
-            raise ValueError(f"inputs: shape {tuple(inputs.shape)} is not [B, N, {self.to_key.shape[1]}]")
-        inputs = self.norm_inputs(inputs)  # [B, N, C]
+        check_shape("inputs", inputs, ("B", "N", self.to_key.shape[1]))
+        batch, count, width = inputs.shape
+        if input_mask is not None:
+            check_shape("input_mask", input_mask, (batch, count))
+            inputs = inputs.masked_fill(~input_mask[..., None], 0.0)
+        given = {"inputs": inputs, "slots": slots, "noise": noise, "input_noise": input_noise}
         if slots is None:
-            count = self.num_slots if num_slots is None else num_slots
-            slots = self.initial_slots(inputs.shape[0], count, noise)  # [B, K, D]
-        if slots.dim() != 3 or slots.shape[0] != inputs.shape[0] or slots.shape[2] != self.dim:
-            raise ValueError(f"slots: shape {tuple(slots.shape)} is not {(inputs.shape[0], 'K', self.dim)}")
+            slots = self.initial_slots(batch, self.num_slots if num_slots is None else num_slots, noise)  # [B, K, D]
+        check_shape("slots", slots, (batch, "K", self.dim))
+        if slot_mask is not None:
+            check_shape("slot_mask", slot_mask, tuple(slots.shape[:2]))
+        if input_noise is not None:
+            check_shape("input_noise", input_noise, (batch, self.iters, count, width))
+
+        normed = self.norm_inputs(inputs)  # [B, N, C]
+        device = inputs.device.type
+        if torch.is_autocast_enabled(device):  # once, not in every iteration
+            normed = normed.to(torch.get_autocast_dtype(device))
         initial = slots
-
         for iteration in range(self.iters):
-            if self.gradient == "bilevel" and iteration == self.iters - 1:
+            last = iteration == self.iters - 1
+            if last and self.gradient == "bilevel":
                 slots = slots.detach() + (initial - initial.detach())  # adds an exact zero
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns(iteration)):
-                slots = self._refine(slots, inputs)
-        return slots
+            if last and self.gradient == "implicit":
+                slots = slots.detach() + 0.0 * initial  # a gradient of zero: ZeRO-3 would repeat the last one otherwise
+            noisy = normed if input_noise is None else normed + input_noise[:, iteration].to(normed)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == "full")):
+                slots, attention = self._refine(slots, noisy, input_mask, slot_mask)
+        if self.checks_values:
+            check_finite(slots, **given)
+        return Refined(slots, attention) if return_attention else slots
 
-    def _learns(self, iteration: int) -> bool:
-        return self.gradient == "full" or iteration == self.iters - 1
-
-    def _refine(self, slots: Tensor, inputs: Tensor) -> Tensor:
-        queries = self.norm_slots(slots) @ self.to_query.T * self.scale  # [B, K, D]
-        queries = queries @ self.to_key  # [B, K, C]
-        logits = einsum(queries, inputs, "b k c, b n c -> b k n")
-        attention = logits.float().softmax(dim=1) if logits.dtype != torch.float64 else logits.softmax(dim=1)
-        attention = attention + self.eps  # in fp32 at least: eps is zero in half precision
-        attention = (attention / attention.sum(dim=2, keepdim=True)).to(inputs.dtype)
-        pooled = einsum(attention, inputs, "b k n, b n c -> b k c")
-        updates = pooled @ self.to_value.T  # [B, K, D]
+    def _refine(
+        self, slots: Tensor, inputs: Tensor, input_mask: Tensor | None, slot_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One iteration: slots [B, K, D], attention [B, K, N]."""
         batch = slots.shape[0]
-        slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).unflatten(0, (batch, -1))
-        refined: Tensor = slots + self.mlp(slots)
-        return refined
+        with full_precision(slots):
+            queries = nn.functional.linear(self.norm_slots(slots), self.to_query, self.query_bias) * self.scale
+            queries = rearrange(queries, "b k (h d) -> b h k d", h=self.heads)
+            keys = rearrange(self.to_key, "(h d) c -> h d c", h=self.heads)
+            absorbed = einsum(queries, keys, "b h k d, h d c -> b h k c")
+            bias = None
+            if self.key_bias is not None:
+                key_bias = rearrange(self.key_bias, "(h d) -> h d", h=self.heads)
+                bias = einsum(queries, key_bias, "b h k d, h d -> b h k")
+        taken = attend(
+            inputs,
+            absorbed,
+            bias,
+            eps=self.eps,
+            competition=self.competition,
+            update=self.update,
+            input_mask=input_mask,
+            slot_mask=slot_mask,
+        )
+        with full_precision(slots):
+            values = rearrange(self.to_value, "(h d) c -> h d c", h=self.heads)
+            updates = einsum(taken.pooled.to(slots.dtype), values, "b h k c, h d c -> b k h d")
+            if self.value_bias is not None:
+                share = rearrange(taken.share.to(slots.dtype), "b h k -> b k h 1")
+                updates = updates + share * rearrange(self.value_bias, "(h d) -> h d", h=self.heads)
+            updates = rearrange(updates, "b k h d -> b k (h d)")
+            if self.combine_heads is not None:
+                updates = self.combine_heads(updates)
+            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).unflatten(0, (batch, -1))
+            slots = slots + self.mlp(slots)  # [B, K, D]
+        over_heads = "sum" if self.competition == "joint" else "mean"
+        return slots, reduce(taken.attention, "b h k n -> b k n", over_heads)
+
+
+class SlotAttention(_IterativeAttention):
+    """Slot attention (Locatello et al. 2020, algorithm 1): ``slots = attention(inputs)``, [B, N, C] -> [B, K, D].
+
+    Args:
+        num_slots: K, the number of slots unless the call says otherwise.
+        dim: D, the width of a slot.
+        iters: T, the number of refinements.
+        eps: added to the attention after the softmax over slots.
+        hidden_dim: width of the hidden layer of the slots' MLP.
+        options: see AttentionOptions.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        dim: int,
+        iters: int = 3,
+        eps: float = 1e-8,
+        hidden_dim: int = 128,
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__(num_slots, dim, iters, eps, hidden_dim, 1, dim, "per_head", False, **options)
+
+
+class MultiHeadSlotAttention(_IterativeAttention):
+    """Slot attention with several heads, in either published meaning.
+
+    Args:
+        num_slots, dim, iters, eps, hidden_dim: as for SlotAttention.
+        heads: H.
+        dim_head: width of a head's queries, keys and values.
+        competition: "per_head": slots compete in each head on its own, then a projection combines the heads (the
+            package slot-attention). "joint": one softmax over all slots and heads, and no projection (SLATE, Singh et
+            al. 2022; SPOT; OCLF).
+        options: see AttentionOptions.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        dim: int,
+        heads: int = 4,
+        dim_head: int = 64,
+        iters: int = 3,
+        eps: float = 1e-8,
+        hidden_dim: int = 128,
+        *,
+        competition: Competition = "per_head",
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        project = competition == "per_head"
+        super().__init__(num_slots, dim, iters, eps, hidden_dim, heads, dim_head, competition, project, **options)
 
 
 def fixed_noise(num_slots: int, dim: int, seed: int = 0) -> Tensor:
@@ -172,3 +318,4 @@ def fixed_noise(num_slots: int, dim: int, seed: int = 0) -> Tensor:
     """
     rows = [np.random.Generator(np.random.Philox(key=[seed, slot])) for slot in range(num_slots)]
     return torch.from_numpy(np.stack([row.standard_normal(dim, dtype=np.float32) for row in rows]))
+

@@ -41,18 +41,35 @@ def gradient_distance(actual: Mapping[str, Tensor], expected: Mapping[str, Tenso
 
 
 def published_slot_attention(
-    weights: Mapping[str, Tensor], inputs: Tensor, slots: Tensor, iters: int, eps: float = 1e-8, norm_eps: float = 1e-5
+    weights: Mapping[str, Tensor],
+    inputs: Tensor,
+    slots: Tensor,
+    iters: int,
+    eps: float = 1e-8,
+    norm_eps: float = 1e-5,
+    *,
+    heads: int = 1,
+    joint: bool = False,
+    total: bool = False,
+    input_mask: Tensor | None = None,
+    slot_mask: Tensor | None = None,
 ) -> Tensor:
     """Algorithm 1 of Locatello et al. 2020 from sums, products and exponentials: no module, no batched operation.
 
     Args:
-        weights: of a slot_models.SlotAttention, by name.
-        inputs: [B, N, C].
-        slots: initial ones [B, K, D].
+        weights: of a slot attention of slot_models, by name; the biases of q, k and v, and combine_heads, if there.
+        inputs: [B, N, C]; those that a mask excludes are left out before anything is computed.
+        slots: initial ones [B, K, D]; likewise, and their place in the result is zero.
+        heads, joint: a softmax over the slots of each head, or over the slots of all heads together.
+        total: a weighted sum divided by N, rather than a weighted mean.
 
     Returns:
         [B, K, D].
     """
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        y = x @ weights[f"to_{name}"].T
+        return y + weights[f"{name}_bias"] if f"{name}_bias" in weights else y
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -67,17 +84,28 @@ def published_slot_attention(
         return (1 - update) * new + update * h
 
     images = []
-    for x, s in zip(inputs, slots, strict=True):  # x [N, C], s [K, D]
-        x = norm(x, "norm_inputs")
-        k, v = x @ weights["to_key"].T, x @ weights["to_value"].T  # [N, D]
+    for image, (x, every) in enumerate(zip(inputs, slots, strict=True)):  # x [N, C], every [K, D]
+        takes_part = torch.ones(len(every), dtype=torch.bool) if slot_mask is None else slot_mask[image]
+        s = every[takes_part]
+        x = norm(x if input_mask is None else x[input_mask[image]], "norm_inputs")
+        keys, values = linear(x, "key").chunk(heads, dim=1), linear(x, "value").chunk(heads, dim=1)  # [N, d] each
         for _ in range(iters):
             prev = s
-            q = norm(s, "norm_slots") @ weights["to_query"].T / s.shape[-1] ** 0.5  # [K, D]
-            attn = (k @ q.T).exp()  # [N, K]
-            attn = attn / attn.sum(1, keepdim=True) + eps
-            attn = attn / attn.sum(0, keepdim=True)
-            s = gru(attn.T @ v, prev)
+            queries = linear(norm(s, "norm_slots"), "query").chunk(heads, dim=1)  # [K, d] each
+            attn = [(k @ q.T / k.shape[1] ** 0.5).exp() for k, q in zip(keys, queries, strict=True)]  # [N, K] each
+            rivals = [a.sum(1, keepdim=True) for a in attn]
+            attn = [a / (sum(rivals) if joint else rival) for a, rival in zip(attn, rivals, strict=True)]
+            if total:
+                attn = [a / len(x) for a in attn]
+            else:
+                attn = [(a + eps) / (a + eps).sum(0, keepdim=True) for a in attn]
+            update = torch.cat([a.T @ v for a, v in zip(attn, values, strict=True)], dim=1)
+            if "combine_heads.weight" in weights:
+                update = update @ weights["combine_heads.weight"].T + weights["combine_heads.bias"]
+            s = gru(update, prev)
             hidden = norm(s, "mlp.0") @ weights["mlp.1.weight"].T + weights["mlp.1.bias"]
             s = s + hidden.clamp(min=0) @ weights["mlp.3.weight"].T + weights["mlp.3.bias"]
-        images.append(s)
+        placed = torch.zeros_like(every)
+        placed[takes_part] = s
+        images.append(placed)
     return torch.stack(images)
