@@ -8,26 +8,30 @@ Everything is written under a temporary name and renamed, so a killed run leaves
 with an index.json is complete.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from pipelines.errors import DataError
 from pipelines.index import Index, Shard
-from pipelines.samples import BadSample, decode
+from pipelines.samples import IMAGE_MEMBERS, MASK_MEMBERS, BadSample, decode
 
 # webdataset imports torch, so it is imported where it is used: reading an index takes no torch.
 
 VERSION = 1
 INDEX = "index.json"
+INDEXED = {"indexed": "existing WebDataset shards"}
 _TEMPORARY = ".writing"
 
 
@@ -40,19 +44,27 @@ class Sidecar:
         size: (height, width) of the first readable image.
         offsets: `samples` + 1 byte positions: where each sample begins, and where the last one ends.
         source: what the shard was made from; a shard is kept only where this is equal.
+        masks: whether every sample has masks; None where an older version did not record it.
+        left_out: what of the source could not be used, with the reason.
     """
 
     shard: Shard
     size: tuple[int, int]
     offsets: tuple[int, ...]
     source: Mapping[str, Any]
+    masks: bool | None = None
+    left_out: tuple[str, ...] = ()
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
 def write_shard(
-    folder: Path | str, name: str, samples: Iterable[Mapping[str, Any]], source: Mapping[str, Any] | None = None
+    folder: Path | str,
+    name: str,
+    samples: Iterable[Mapping[str, Any]],
+    source: Mapping[str, Any] | None = None,
+    left_out: Sequence[str] = (),
 ) -> Shard:
     """Write one shard and its sidecar; equal samples give equal bytes.
 
@@ -61,6 +73,7 @@ def write_shard(
         name: file name, ending in .tar.
         samples: members by name and `__key__`, as `pipelines.samples.encode` makes them; at least one, keys distinct.
         source: what the samples are made from (JSON), for `kept_shard`.
+        left_out: recorded in the sidecar; looked at when all samples are written, so that making them may add to it.
 
     Raises:
         ValueError: no samples, a key that is not new, or the name does not end in .tar.
@@ -85,7 +98,7 @@ def write_shard(
         if not keys:
             raise ValueError(f"{name}: no samples; leave empty shards out of the set")
         file.flush()
-        sidecar = scan(Path(file.name), name, source)
+        sidecar = replace(scan(Path(file.name), name, source), left_out=tuple(left_out))
         # From here on an index of this folder would not tell the truth.
         (folder / INDEX).unlink(missing_ok=True)
         # The sidecar goes first: killed in between, it does not match the tar and the shard is written again.
@@ -108,7 +121,8 @@ def write_index(folder: Path | str, shards: Iterable[Shard], about: Mapping[str,
     """Complete a set: merge its shards' entries, in the given order, into index.json.
 
     Args:
-        about: how the set was made (JSON), for people and for comparing with a recipe.
+        about: how the set was made (JSON), for people and for comparing with a recipe. Whether every sample has masks
+            is added as `masks`: what lies in the shards counts, whatever `about` says.
 
     Raises:
         DataError: a sidecar is missing or belongs to another shard, or the image sizes differ.
@@ -117,15 +131,18 @@ def write_index(folder: Path | str, shards: Iterable[Shard], about: Mapping[str,
     folder = Path(folder)
     shards = tuple(shards)
     sizes: dict[tuple[int, int], str] = {}
+    masks: list[bool | None] = []
     for shard in shards:
         sidecar = read_sidecar(folder, shard.name)
         if sidecar.shard != shard:
             raise DataError(f"{_sidecar_path(folder, shard.name)}: belongs to another shard; write {shard.name} again")
         sizes.setdefault(sidecar.size, shard.name)
+        masks.append(sidecar.masks)
     if len(sizes) > 1:
         found = ", ".join(f"{name} {height}x{width}" for (height, width), name in sizes.items())
         raise DataError(f"{folder}: image sizes differ ({found}); resize to one size, for example with ingest")
-    index = Index(shards, size=next(iter(sizes), None), about=json.loads(json.dumps(about)))
+    known = {} if None in masks else {"masks": all(masks)}
+    index = Index(shards, size=next(iter(sizes), None), about=json.loads(json.dumps({**about, **known})))
     for leftover in folder.glob(f"*{_TEMPORARY}"):  # of killed runs: the set is complete, nobody writes any more
         leftover.unlink(missing_ok=True)
     content = {
@@ -146,16 +163,36 @@ def index_folder(folder: Path | str, about: Mapping[str, Any] | None = None) -> 
     Raises:
         DataError: there is no tar, or one is truncated, damaged or without a sample that can be decoded.
     """
+    return write_index(folder, [index_shard(folder, name) for name in tar_names(folder)], about or INDEXED)
+
+
+def index_shard(folder: Path | str, name: str) -> Shard:
+    """Write the sidecar of an existing tar: the part of `index_folder` that can be spread over workers.
+
+    Raises:
+        DataError: it is truncated, damaged or without a sample that can be decoded.
+    """
     folder = Path(folder)
-    tars = sorted(folder.glob("*.tar"), key=lambda path: natural(path.name))
-    if not tars:
+    sidecar = scan(folder / name, name)
+    with contextlib.suppress(DataError):  # what made the tar stays known for as long as the tar is the same
+        before = read_sidecar(folder, name)
+        if before.shard == sidecar.shard:
+            sidecar = replace(sidecar, source=before.source, left_out=before.left_out)
+    _write_sidecar(folder, sidecar)
+    return sidecar.shard
+
+
+def tar_names(folder: Path | str) -> list[str]:
+    """The tars of a folder in natural order.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = Path(folder)
+    names = sorted((path.name for path in folder.glob("*.tar")), key=natural)
+    if not names:
         raise DataError(f"{folder}: no *.tar in it; name the folder that holds the shards")
-    shards = []
-    for tar in tars:
-        sidecar = scan(tar, tar.name)
-        _write_sidecar(folder, sidecar)
-        shards.append(sidecar.shard)
-    return write_index(folder, shards, about or {"indexed": "existing WebDataset shards"})
+    return names
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -199,6 +236,8 @@ def read_sidecar(folder: Path | str, name: str) -> Sidecar:
             size=(int(height), int(width)),
             offsets=tuple(int(offset) for offset in content["offsets"]),
             source=dict(content["source"]),
+            masks=content.get("masks"),
+            left_out=tuple(str(line) for line in content.get("left_out", ())),
         )
         if len(sidecar.offsets) != sidecar.shard.samples + 1:
             raise ValueError(f"{len(sidecar.offsets)} offsets for {sidecar.shard.samples} samples")
@@ -233,6 +272,7 @@ def scan(path: Path, name: str, source: Mapping[str, Any] | None = None) -> Side
         size=size,
         offsets=(*(group.offset for group in groups), end),
         source=json.loads(json.dumps(source or {})),
+        masks=all("masks" in kinds(group.entries) for group in groups),
     )
 
 
@@ -242,43 +282,49 @@ def verify(folder: Path | str) -> list[str]:
     Returns:
         One sentence per problem, each naming the file; empty when the set is good.
     """
-    folder = Path(folder)
     try:
         index = read_index(folder)
     except DataError as error:
         return [str(error)]
-    problems = []
-    for shard in index.shards:
-        problems += _verify_shard(folder, shard, index.size)
-    listed = {shard.name for shard in index.shards}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in listed:
-            problems.append(f"{path}: not in the index; remove it or index the folder again")
-    return problems
+    expected = expected_kinds(folder, index)
+    problems = [problem for shard in index.shards for problem in verify_shard(folder, shard, index.size, expected)]
+    return problems + unlisted(folder, index)
 
 
-def _verify_shard(folder: Path, shard: Shard, size: tuple[int, int] | None) -> list[str]:
+def verify_shard(
+    folder: Path | str, shard: Shard, size: tuple[int, int] | None, expected: frozenset[str] | None = None
+) -> list[str]:
+    """Check one shard of a set: the part of `verify` that can be spread over workers.
+
+    Args:
+        shard: its entry in the index.
+        size: of every image.
+        expected: which of image, masks and json every sample must have; None leaves it open.
+
+    Returns:
+        One sentence per problem.
+    """
+    folder = Path(folder)
     path = folder / shard.name
-    if not path.is_file():
-        return [f"{path}: missing"]
-    if path.stat().st_size != shard.bytes:
-        return [f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}"]
-    if sha256_of(path) != shard.sha256:
-        return [f"{path}: its checksum is not the one in the index"]
+    try:
+        if path.stat().st_size != shard.bytes:
+            return [f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}; copy or make it again"]
+        if sha256_of(path) != shard.sha256:
+            return [f"{path}: its checksum is not the one in the index; copy or make it again"]
+    except FileNotFoundError:
+        return [f"{path}: missing; copy or make it again"]
+    except OSError as error:
+        return [f"{path}: cannot be read ({error})"]
     problems = []
     try:
         with tarfile.open(path, "r:") as tar:
             groups, end = _groups(tar)
             if len(groups) != shard.samples:
                 problems.append(f"{path}: {len(groups)} samples, the index says {shard.samples}")
-            keys = [group.key for group in groups]
-            problems += [f"{path}: key {key!r} comes twice" for key in sorted({k for k in keys if keys.count(k) > 1})]
+            counts = Counter(group.key for group in groups)
+            problems += [f"{path}: key {key!r} comes {count} times" for key, count in counts.items() if count > 1]
             for group in groups:
-                try:
-                    members = _members(tar, group)
-                    decode(members, with_masks=any(name.startswith("masks.") for name in members), size=size)
-                except BadSample as error:
-                    problems.append(f"{path}: {group.key}: {error}")
+                problems += [f"{path}: {group.key}: {problem}" for problem in _check(tar, group, size, expected)]
     except (tarfile.TarError, ValueError) as error:
         return [f"{path}: not a WebDataset tar ({error})"]
     try:
@@ -288,6 +334,67 @@ def _verify_shard(folder: Path, shard: Shard, size: tuple[int, int] | None) -> l
     except DataError as error:
         problems.append(str(error))
     return problems
+
+
+def unlisted(folder: Path | str, index: Index) -> list[str]:
+    """A sentence for each tar of the folder that its index does not know."""
+    listed = {shard.name for shard in index.shards}
+    tars = (path for path in sorted(Path(folder).glob("*.tar")) if path.name not in listed)
+    return [f"{path}: not in the index; remove it or index the folder again" for path in tars]
+
+
+def expected_kinds(folder: Path | str, index: Index) -> frozenset[str] | None:
+    """Which of image, masks and json the samples of a set have, judged by its first; None where that is unreadable.
+
+    An index that says whether every sample has masks is believed; without the promise, some may have them.
+    """
+    try:
+        with tarfile.open(Path(folder) / index.shards[0].name, "r:") as tar:
+            first = kinds(_groups(tar)[0][0].entries)
+    except (OSError, tarfile.TarError, ValueError, IndexError):
+        return None
+    masks = index.about.get("masks")
+    return first | {"masks"} if masks else first - {"masks"} if masks is False else first
+
+
+def kinds(members: Iterable[str]) -> frozenset[str]:
+    """Which of image, masks and json are among the members' names."""
+    known = {"json": "json"} | dict.fromkeys(IMAGE_MEMBERS, "image") | dict.fromkeys(MASK_MEMBERS, "masks")
+    return frozenset(known[name] for name in members if name in known)
+
+
+def read_sample(folder: Path | str, name: str, row: int) -> tuple[str, dict[str, bytes]]:
+    """(key, members) of one sample of a shard.
+
+    Raises:
+        DataError: the shard or its sidecar is missing or does not match, or the row is not there.
+    """
+    folder = Path(folder)
+    offsets = read_sidecar(folder, name).offsets
+    try:
+        with (folder / name).open("rb") as file:
+            file.seek(offsets[row])
+            part = file.read(offsets[row + 1] - offsets[row])
+        with tarfile.open(fileobj=io.BytesIO(part + bytes(2 * tarfile.BLOCKSIZE)), mode="r:") as tar:
+            (group,), _ = _groups(tar)
+            return group.key, _members(tar, group)
+    except (OSError, IndexError, tarfile.TarError, ValueError) as error:
+        raise DataError(f"{folder / name}: row {row} cannot be read ({error}); verify the set") from error
+
+
+def _check(
+    tar: tarfile.TarFile, group: "_Group", size: tuple[int, int] | None, expected: frozenset[str] | None
+) -> list[str]:
+    found = kinds(group.entries)
+    try:
+        decode(_members(tar, group), with_masks="masks" in found, size=size)
+    except BadSample as error:
+        return [str(error)]
+    if missing := sorted((expected or frozenset()) - found):
+        return [f"no {' and no '.join(missing)}, which other samples of the set have; make the shard again"]
+    if "json" in found and expected is not None and "json" not in expected:
+        return ["it has json, which other samples of the set do not have; make the shard again"]
+    return []
 
 
 def sha256_of(path: Path) -> str:

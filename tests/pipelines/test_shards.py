@@ -19,7 +19,17 @@ from pipelines.index import Index
 from pipelines.samples import BadSample, decode, encode
 from pipelines.scenes.render import render_shard
 from pipelines.scenes.tetrominoes import Tetrominoes
-from pipelines.shards import INDEX, index_folder, kept_shard, read_index, read_sidecar, verify, write_index, write_shard
+from pipelines.shards import (
+    INDEX,
+    index_folder,
+    kept_shard,
+    read_index,
+    read_sample,
+    read_sidecar,
+    verify,
+    write_index,
+    write_shard,
+)
 
 SCENES = Tetrominoes((2, 4), 7, 3)
 MakeSet = Callable[..., Index]
@@ -58,7 +68,7 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
 def test_the_index_comes_back_and_counts_the_files(tmp_path: Path, make_set: MakeSet) -> None:
     index = make_set(tmp_path, [3, 1, 4])
     read = read_index(tmp_path)
-    assert read == index and read.digest == index.digest and read.about == {"made": "for a test"}
+    assert read == index and read.digest == index.digest and read.about == {"made": "for a test", "masks": True}
     assert read.size == (8, 6)
     assert [shard.samples for shard in read.shards] == [3, 1, 4]
     assert [shard.bytes for shard in read.shards] == [(tmp_path / s.name).stat().st_size for s in read.shards]
@@ -196,6 +206,73 @@ def test_verify_names_each_bad_sample(
     make_set(tmp_path, [3, 2], {1: {member: data}})
     problems = verify(tmp_path)
     assert len(problems) == 1 and "000.tar: s0r1" in problems[0] and problem in problems[0], problems
+
+
+def test_verify_compares_the_members_of_samples(tmp_path: Path, make_set: MakeSet) -> None:
+    make_set(tmp_path / "one", [3, 2], {4: {"json": None}})
+    (problem,) = verify(tmp_path / "one")
+    assert "001.tar: s1r1: no json, which other" in problem
+    make_set(tmp_path / "most", [3, 2], {row: {"json": None} for row in range(3)})
+    problems = verify(tmp_path / "most")
+    assert [f"s1r{row}: it has json, which other" in problems[row] for row in range(2)] == [True] * len(problems)
+
+
+def test_verify_misses_masks_only_where_they_are_promised(tmp_path: Path, make_set: MakeSet) -> None:
+    index = make_set(tmp_path, [3, 2], {4: {"masks.png": None}})
+    assert index.about["masks"] is False and verify(tmp_path) == []
+    _edit(tmp_path / INDEX, '"masks":false', '"masks":true')
+    (problem,) = verify(tmp_path)
+    assert "001.tar: s1r1: no masks, which other" in problem
+
+
+def test_verify_counts_a_key_that_comes_twice(tmp_path: Path) -> None:
+    with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for key in ("a", "b", "a"):
+            writer.write({"__key__": key, "png": encode("x", picture(0))["image.png"]})
+    index_folder(tmp_path)
+    assert verify(tmp_path) == [f"{tmp_path / 'a.tar'}: key 'a' comes 2 times"]
+
+
+@pytest.mark.parametrize(("members", "masks"), [({"masks.png"}, True), (set(), False)])
+def test_an_index_says_whether_there_are_masks(tmp_path: Path, members: set[str], masks: bool) -> None:
+    with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for row in range(3):
+            whole = encode(f"k{row}", picture(row), np.zeros((8, 6), np.uint8))
+            writer.write({name: data for name, data in whole.items() if name in {"__key__", "image.png"} | members})
+    assert index_folder(tmp_path).about["masks"] is masks
+    assert read_index(tmp_path).about["masks"] is masks
+    assert verify(tmp_path) == []
+
+
+def test_indexing_again_keeps_what_made_a_shard(tmp_path: Path) -> None:
+    shard = render_shard(tmp_path, SCENES, 5, 0, 4)
+    before = (tmp_path / "000000.tar.offsets.json").read_bytes()
+    index_folder(tmp_path)
+    assert (tmp_path / "000000.tar.offsets.json").read_bytes() == before
+    inode = (tmp_path / shard.name).stat().st_ino
+    assert render_shard(tmp_path, SCENES, 5, 0, 4) == shard and (tmp_path / shard.name).stat().st_ino == inode
+
+
+def test_a_sidecar_without_word_of_masks_is_read(tmp_path: Path, make_set: MakeSet) -> None:
+    index = make_set(tmp_path, [2])
+    path = tmp_path / "000.tar.offsets.json"
+    content = json.loads(path.read_text())
+    del content["masks"], content["left_out"]
+    path.write_text(json.dumps(content))
+    assert read_sidecar(tmp_path, "000.tar").masks is None and verify(tmp_path) == []
+    assert write_index(tmp_path, index.shards, {"masks": True}).about == {"masks": True}
+
+
+def test_any_row_is_read_alone(tmp_path: Path, make_set: MakeSet) -> None:
+    make_set(tmp_path, [3, 4])
+    for row in range(4):
+        key, members = read_sample(tmp_path, "001.tar", row)
+        assert key == f"s1r{row}" and np.array_equal(decode(members, with_masks=True).image[0, 0], [3 + row, 0, 0])
+    with pytest.raises(DataError, match="row 4"):
+        read_sample(tmp_path, "001.tar", 4)
+    (tmp_path / "001.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="row 0"):
+        read_sample(tmp_path, "001.tar", 0)
 
 
 def test_an_existing_webdataset_is_indexed(tmp_path: Path) -> None:
