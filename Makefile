@@ -32,6 +32,7 @@ dev: .venv/installed-dev ## the same, with what tests and lint take
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q --no-deps slot-attention-pytorch==0.1.0  # an oracle; it asks for torch below 2 and needs none
 	@touch $@
 
 demo: env ## train the demo recipe, to a registered model and its picture; ARGS=--fresh trains anew

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slot_models.attention import MultiHeadSlotAttention, SlotAttention
-from slot_models.checks import check_shape
+from slot_models.checks import check_positive, check_shape
 from slot_models.codebook import Codebook
 
 
@@ -59,6 +59,7 @@ class MetaSlotAttention(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_positive(codebook_size=codebook_size)
         if noise < 0:
             raise ValueError(f"noise: {noise} is negative")
         self.slot_attention, self.second_pass = slot_attention, second_pass

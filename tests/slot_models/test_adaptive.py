@@ -7,11 +7,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from slot_oracles import distance, gradient_distance, gradients, randomise
 from torch import Tensor
 from torch.nn import functional
 
-from slot_models import AdaptiveSlotWrapper, SlotAttention, SlotGate, keep_differences, masked_mixture
+from slot_models import (
+    AdaptiveSlotWrapper,
+    MultiHeadSlotAttention,
+    PackageGate,
+    SlotAttention,
+    SlotGate,
+    build_autoencoder,
+    gumbel_noise,
+    keep_differences,
+    keep_penalty,
+    masked_mixture,
+    penalty_weight,
+)
 
 
 def build(dim: int = 6, seed: int = 1, **options: Any) -> SlotGate:
@@ -271,3 +284,95 @@ def test_the_random_stage_keeps_slots_with_a_fresh_gates_probability_whatever_th
     assert slots.grad is not None
     assert slots.grad.count_nonzero() == 0
     assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in gate.parameters())
+
+
+@pytest.mark.parametrize("attention", [SlotAttention(5, 512), MultiHeadSlotAttention(5, 512)], ids=["one", "heads"])
+def test_the_wrapper_goes_over_both_attentions(attention: SlotAttention | MultiHeadSlotAttention) -> None:
+    torch.manual_seed(0)
+    wrapper, inputs = AdaptiveSlotWrapper(attention), torch.randn(2, 64, 512)
+    slots, keep = wrapper(inputs)
+    assert slots.shape == (2, 5, 512) and keep.shape == (2, 5)
+    assert set(keep.unique().tolist()) <= {0.0, 1.0} and (keep.sum(dim=1) >= 1).all()
+    again = wrapper(inputs)
+    assert torch.equal(again[0], slots) and torch.equal(again[1], keep)
+    few, few_keep = wrapper(inputs, 3)
+    assert few.shape == (2, 3, 512) and few_keep.shape == (2, 3)
+
+
+def test_a_schedule_hands_in_the_temperature_of_a_call() -> None:
+    wrapper = AdaptiveSlotWrapper(SlotAttention(4, 6), temperature=1.0).double()
+    inputs, noise = normal(2, 9, 6), gumbel(2, 4, 2)
+    weight = wrapper.gate.logits.weight
+    for temperature in (0.5, 3.0):
+        (actual,) = torch.autograd.grad(wrapper(inputs, gate_noise=noise, temperature=temperature)[1].sum(), weight)
+        other = AdaptiveSlotWrapper(wrapper.slot_attn, temperature, wrapper.gate)
+        (expected,) = torch.autograd.grad(other(inputs, gate_noise=noise)[1].sum(), weight)
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.5, float("nan")])
+def test_a_wrappers_temperature_that_is_not_positive_is_named(temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"^temperature: "):
+        AdaptiveSlotWrapper(SlotAttention(4, 6), temperature)
+    with pytest.raises(ValueError, match=r"^temperature: "):
+        AdaptiveSlotWrapper(SlotAttention(4, 6))(torch.zeros(1, 3, 6), temperature=temperature)
+
+
+def test_gate_noise_that_is_not_finite_is_named() -> None:
+    noise = gumbel(2, 4, 2)
+    noise[1, 2, 0] = np.nan
+    with pytest.raises(ValueError, match=r"^gate_noise: it holds NaN"):
+        AdaptiveSlotWrapper(SlotAttention(4, 6))(torch.zeros(2, 3, 6), gate_noise=noise)
+
+
+def test_slots_of_another_width_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^slots: shape \(2, 4, 5\) is not \[B, K, 6\]"):
+        build()(normal(2, 4, 5))
+
+
+def test_gumbel_noise_is_standard_gumbel_and_its_generators_alone() -> None:
+    state = torch.get_rng_state()
+    noise = gumbel_noise(200, 50, 2, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(noise, gumbel_noise(200, 50, 2, generator=torch.Generator().manual_seed(1)))
+    assert noise.shape == (200, 50, 2) and noise.isfinite().all()
+    assert stats.kstest(noise.numpy().ravel(), "gumbel_r").pvalue > 1e-3
+
+
+def test_the_published_weight_of_clevr10s_penalty() -> None:
+    assert penalty_weight(10, 3, 128, 128) == pytest.approx(2.03e-4, abs=5e-7)
+
+
+@pytest.mark.parametrize("size", [12, 16])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_the_loss_points_where_the_papers_sum_form_does(batch: int, size: int) -> None:
+    """The paper: error summed over an image's values, lambda x mean of keep over batch and slots, batch mean. Ours: the
+    error's mean and lambda / (C H W), per image."""
+    torch.manual_seed(0)
+    model = build_autoencoder(image_size=size, num_slots=4, slot_dim=8, encoder_channels=8, decoder_channels=8).double()
+    randomise(model)
+    images = normal(batch, 3, size, size)
+    output = model(images, normal(batch, 4, 8, seed=3), gumbel(batch, 4, 2))
+    squares = (output.reconstruction - images).square()
+    published = squares.sum(dim=(1, 2, 3)).mean() + 10 * output.keep.mean()
+    per_image = squares.mean(dim=(1, 2, 3)) + penalty_weight(10, 3, size, size) * keep_penalty(output.keep)
+    leaves = dict(model.named_parameters())
+    theirs = torch.cat([g.flatten() for g in torch.autograd.grad(published, [*leaves.values()], retain_graph=True)])
+    ours = torch.cat([g.flatten() for g in torch.autograd.grad(per_image.mean(), [*leaves.values()])])
+    assert distance(ours * 3 * size * size, theirs) <= 1e-12
+    assert torch.cosine_similarity(ours, theirs, dim=0) == pytest.approx(1, abs=1e-12)
+
+
+def test_the_packages_gate_is_not_the_papers() -> None:
+    """A low temperature changes how often the package's gate keeps a slot, and all slots may go."""
+    gate = PackageGate(6).double()
+    with torch.no_grad():
+        gate.logits.weight.copy_(torch.stack([torch.zeros(6), torch.ones(6)]))
+    slots = torch.full((1, 40_000, 6), 1 / 6, dtype=torch.float64)  # a logit gap of one
+    for temperature, expected in ((1.0, 1.0), (0.1, 10.0)):
+        kept = gate(slots, gumbel(1, 40_000, 2), temperature).keep.mean().item()
+        assert kept == pytest.approx(1 / (1 + np.exp(-expected)), abs=0.01)
+    assert gate(-slots).keep.sum() == 0
+    # Its gradient at temperature 0.1: s (1 - s) / t at a gap of 10, 4.5e-4
+    (gradient,) = torch.autograd.grad(gate(slots[:, :1], temperature=0.1).keep.sum(), gate.logits.weight)
+    assert gradient[1].sum().item() == pytest.approx(4.5e-4, rel=0.02)
