@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -48,21 +49,26 @@ class Index:
         shards: at least one, with distinct names.
         size: (height, width) of every image; None for imaginary shards.
         about: how the set was made, for people and for comparing with a recipe; not part of the digest.
+        folders: address of each shard's folder, where several sets are joined; not part of the digest.
 
     Raises:
-        ValueError: no shards, or two of one name.
+        ValueError: no shards, or two of one name in one folder.
     """
 
     shards: tuple[Shard, ...]
     size: tuple[int, int] | None = None
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    folders: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.shards:
             raise ValueError("shards: the set is empty; render or ingest at least one shard")
-        names = [shard.name for shard in self.shards]
+        if self.folders and len(self.folders) != len(self.shards):
+            raise ValueError(f"folders: {len(self.folders)} for {len(self.shards)} shards; name one for each")
+        names = list(zip(self.folders, (shard.name for shard in self.shards), strict=False))
+        names = names or [("", shard.name) for shard in self.shards]
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(names).most_common(1)[0][0][1]
             raise ValueError(f"shards: {twice!r} is listed twice; every shard needs a name of its own")
 
     @cached_property
@@ -80,6 +86,25 @@ class Index:
         """sha256 over the shard entries: equal digests mean equal bytes in equal order."""
         entries = json.dumps([asdict(shard) for shard in self.shards], separators=(",", ":"), sort_keys=True)
         return hashlib.sha256(entries.encode()).hexdigest()
+
+    @classmethod
+    def joined(cls, sets: "Sequence[tuple[str, Index]]") -> "Index":
+        """One set of several, end to end, each given with the address of its folder.
+
+        Raises:
+            ValueError: no sets, the image sizes differ, or a shard comes twice.
+        """
+        sizes = {index.size for _, index in sets}
+        if len(sizes) > 1:
+            found = ", ".join(f"{folder} {index.size}" for folder, index in sets)
+            raise ValueError(f"the sets' image sizes differ ({found}); ingest them at one size")
+        masks = all(index.about.get("masks") for _, index in sets)
+        return cls(
+            shards=tuple(shard for _, index in sets for shard in index.shards),
+            size=next(iter(sizes), None),
+            about={"masks": masks, "sets": [dict(index.about) for _, index in sets]},
+            folders=tuple(home for folder, index in sets for home in (index.folders or (folder,) * len(index.shards))),
+        )
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row) of a sample of the set."""

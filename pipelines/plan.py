@@ -134,14 +134,20 @@ class Plan:
         if not 0 <= begin <= end <= size:
             raise ValueError(f"places: [{begin}, {end}) is not within step {step}, which has {size}")
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        first_entry = step_of_epoch * (self.batch_size // self.lanes)  # the same in every lane
+        first = step_of_epoch * self.batch_size
+        return self.stretch(epoch, first, first + size, begin, end)
+
+    def stretch(self, epoch: int, first: int, last: int, begin: int, end: int) -> list[Span]:
+        """Positions [first, last) of an epoch, gathered lane by lane; of these the places [begin, end)."""
         spans: list[Span] = []
+        place = 0
         for lane in range(self.lanes):
-            # Positions j of the step with j % lanes == lane, gathered lane by lane.
-            lane_begin, lane_end = _share(size, self.lanes, lane)
-            low, high = max(begin, lane_begin), min(end, lane_end)
+            # Entry i of a lane is position i * lanes + lane.
+            entry, entry_end = -(-(first - lane) // self.lanes), -(-(last - lane) // self.lanes)
+            low, high = max(begin, place), min(end, place + entry_end - entry)
             if low < high:
-                spans += self._lane_spans(epoch, lane, first_entry + low - lane_begin, first_entry + high - lane_begin)
+                spans += self._lane_spans(epoch, lane, entry + low - place, entry + high - place)
+            place += entry_end - entry
         return spans
 
     # --- windows -------------------------------------------------------------------------------------------------

@@ -1,27 +1,36 @@
-"""Windows of a plan, read from a folder of shards through webdataset: sequential reads, and a verdict on each sample.
+"""Windows of a plan, read from shards wherever they lie through webdataset, and a verdict on each sample.
 
 Permanent faults of content become `Fault`s, the same for every reader. Anything else that goes wrong while reading is
 transient: it is tried again, then stops the run with the shard's name, and never changes a batch.
 """
 
+import hashlib
 import io
 import logging
+import os
+import shutil
 import tarfile
-import time
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipelines.errors import DataError
-from pipelines.plan import Piece, Plan, Window
+from pipelines.cache import Cache, NoRoomError
+from pipelines.errors import ContentError, DataError, TransientError
+from pipelines.mixture import Order
+from pipelines.plan import Piece, Window
 from pipelines.samples import IMAGE_MEMBERS, MASK_MEMBERS
-from pipelines.shards import read_sidecar, scan, sha256_of
+from pipelines.sets import fetch_sidecar
+from pipelines.shards import Sidecar, scan
+from pipelines.sources import AbsentError, ChangedError, Sources, Version, join, local_path, shown
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = (0.2, 1.0, 5.0)
+_MISMATCH = "the shard's checksum is not the one in its index"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +51,28 @@ class Raw:
 class Reader:
     """Holds the newest window of every open lane, undecoded.
 
+    A shard is compared with its checksum as a whole before any of it is used: a verdict must not depend on who reads
+    which part. On this machine and in the cache its rows are then read alone. Elsewhere, without a cache, it comes
+    whole the first time, and by ranges after that, as long as the storage says that it is still the same.
+
     Args:
-        plan: of the set in `folder`.
-        folder: holds the shards.
+        plan: of the set.
+        folder: address of the folder that holds the shards, unless the index knows.
         with_masks: read the masks too.
+        sources: reads files by address.
+        cache: for shards that are not on this machine.
     """
 
-    def __init__(self, plan: Plan, folder: Path, with_masks: bool) -> None:
+    def __init__(self, plan: Order, folder: str, with_masks: bool, sources: Sources, cache: Cache | None) -> None:
         self._plan = plan
         self._folder = folder
+        self._sources = sources
+        self._cache = cache
         self._members = {*IMAGE_MEMBERS, "json", *(MASK_MEMBERS if with_masks else ())}
         self._windows: dict[int, tuple[Window, dict[int, Raw | Fault]]] = {}  # by lane
-        self._checked: dict[int, Fault | None] = {}  # by shard: once found good or bad it stays so
-        self._offsets: dict[int, tuple[int, ...]] = {}
+        self._checked: dict[int, Fault | Version] = {}  # by shard: once found good or bad it stays so
+        self._offsets: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # of the open windows' shards
+        self._most_offsets = 2 * plan.lanes * (plan.window + 1)
 
     def window(self, window: Window) -> Mapping[int, Raw | Fault]:
         """Every sample of a window by its number in the set; it takes the place of its lane's window before."""
@@ -73,69 +91,155 @@ class Reader:
         for lane in set(self._windows) - lanes:
             del self._windows[lane]
 
-    def _piece(self, piece: Piece, attempt: int = 0) -> list[Raw | Fault]:
+    def _piece(self, piece: Piece) -> list[Raw | Fault]:
         """Exactly `last - first` samples or faults."""
-        shard = self._plan.index.shards[piece.shard]
-        path = self._folder / shard.name
+        url, rows = self._url(piece.shard), piece.last - piece.first
+        fault = self._checked.get(piece.shard)
+        if isinstance(fault, Fault):
+            return [fault] * rows
         try:
-            if piece.shard not in self._checked:
-                self._checked[piece.shard] = fault = self._check(piece.shard)
-                if fault:
-                    logger.warning("%s: %s; its samples are replaced", path, fault.reason)
-            fault = self._checked[piece.shard]
-            samples: list[Raw | Fault] = (
-                [fault] * (piece.last - piece.first) if fault else list(self._read(path, piece))
-            )
-        except OSError as error:
-            if attempt < len(RETRY_SECONDS):  # it may be transient, and it never changes a batch
-                logger.warning("%s: %s; trying again in %s s", path, error, RETRY_SECONDS[attempt])
-                time.sleep(RETRY_SECONDS[attempt])
-                return self._piece(piece, attempt + 1)
-            raise DataError(f"{path}: cannot be read ({error}); repair the storage and start again") from error
+            content = self._sources.retried(url, lambda: self._rows(piece))
+            samples: list[Raw | Fault] = list(self._parsed(url, content))
+        except (ContentError, AbsentError) as error:
+            reason = "the shard is not there" if isinstance(error, AbsentError) else str(error)
+            logger.warning("%s: %s; its samples are replaced", shown(url), reason)
+            self._checked[piece.shard] = fault = Fault(reason)
+            return [fault] * rows
         except (tarfile.TarError, ValueError) as error:
-            raise DataError(f"{path}: does not match its offsets ({error}); index the folder again") from error
-        if len(samples) != piece.last - piece.first:
+            raise DataError(f"{shown(url)}: does not match its offsets ({error}); index the folder again") from error
+        if len(samples) != rows:
             raise DataError(
-                f"{path}: {len(samples)} samples in rows {piece.first} to {piece.last}; index the folder again"
+                f"{shown(url)}: {len(samples)} samples in rows {piece.first} to {piece.last}; index the folder again"
             )
         return samples
 
-    def _check(self, number: int) -> Fault | None:
-        """Compare a shard with its index. It is read whole: a verdict must not depend on who reads which part."""
-        shard = self._plan.index.shards[number]
-        path = self._folder / shard.name
-        try:
-            size = path.stat().st_size
-            if size != shard.bytes:
-                return Fault(f"the shard has {size} bytes, its index says {shard.bytes}")
-            if sha256_of(path) != shard.sha256:
-                return Fault("the shard's checksum is not the one in its index")
-        except FileNotFoundError:
-            return Fault("the shard is not there")
-        try:
-            sidecar = read_sidecar(self._folder, shard.name)
-            if sidecar.shard != shard:
-                raise DataError(f"{shard.name}: its sidecar belongs to another shard")
-            self._offsets[number] = sidecar.offsets
-        except DataError as error:
-            # Only a short cut is lost: the offsets follow from the tar, which is known to be good.
-            logger.warning("%s; scanning the shard instead", error)
-            sidecar = scan(path, shard.name)
-            if sidecar.shard != shard:
-                raise DataError(
-                    f"{path}: {sidecar.shard.samples} samples, the index says {shard.samples}; index the folder again"
-                ) from None
-            self._offsets[number] = sidecar.offsets
-        return None
-
-    def _read(self, path: Path, piece: Piece) -> Iterator[Raw]:
-        """The samples of a piece, by webdataset's own tar iteration and grouping."""
-        offsets = self._offsets[piece.shard]
-        with path.open("rb") as file:
-            file.seek(offsets[piece.first])
-            rows = file.read(offsets[piece.last] - offsets[piece.first])
-        source = [{"url": str(path), "stream": io.BytesIO(rows)}]
+    def _parsed(self, url: str, content: bytes) -> Iterator[Raw]:
+        """The samples in a piece of a tar, by webdataset's own tar iteration and grouping."""
+        source = [{"url": shown(url), "stream": io.BytesIO(content)}]
         # No handler is given, so webdataset raises where it could skip. Unwanted members go after the grouping: without
         # any member a sample would vanish and shift the rows behind it.
         for sample in group_by_keys(tar_file_expander(source)):
             yield Raw(sample["__key__"], {name: data for name, data in sample.items() if name in self._members})
+
+    # --- bytes ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, piece: Piece) -> bytes:
+        """The bytes of a piece, of a shard that matches its checksum."""
+        url = self._url(piece.shard)
+        if (path := local_path(url)) is not None:
+            return self._from_folder(piece, path)
+        if self._cache is not None:
+            shard = self._plan.index.shards[piece.shard]
+            try:
+                with self._cache.shard(url, shard.sha256, shard.bytes, lambda file: self._save(piece, file)) as file:
+                    return self._cut(piece, file)
+            except NoRoomError as error:
+                logger.warning("%s: read without the cache: %s", shown(url), error)
+        return self._from_afar(piece, url)
+
+    def _from_folder(self, piece: Piece, path: Path) -> bytes:
+        shard = self._plan.index.shards[piece.shard]
+        if not path.parent.is_dir():  # a folder that is not mounted says nothing about its shards
+            raise NotADirectoryError(f"{path.parent} is not there")
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            raise AbsentError(str(path)) from None
+        with file:
+            if piece.shard not in self._checked:
+                _check_size(os.fstat(file.fileno()).st_size, shard.bytes)
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise ContentError(_MISMATCH)
+                self._checked[piece.shard] = Version(shard.bytes)
+            return self._cut(piece, file)
+
+    def _from_afar(self, piece: Piece, url: str) -> bytes:
+        shard = self._plan.index.shards[piece.shard]
+        version = self._checked.get(piece.shard)
+        if isinstance(version, Version) and version.tag and version.ranges:
+            offsets = self._offsets_of(piece.shard, None)
+            try:
+                return self._sources.read_range(url, offsets[piece.first], offsets[piece.last], version)
+            except ChangedError:
+                logger.warning("%s: changed since it was checked; it is checked again", shown(url))
+        for _ in range(2):  # once more: the way here may be at fault
+            content = bytearray(shard.bytes)
+
+            def write(position: int, data: bytes, content: bytearray = content) -> None:
+                content[position : position + len(data)] = data
+
+            version = self._sources.fetch(url, shard.bytes, write)
+            _check_size(version.size, shard.bytes)
+            if hashlib.sha256(content).hexdigest() == shard.sha256:
+                self._checked[piece.shard] = version
+                return self._cut(piece, io.BytesIO(content))
+        raise ContentError(_MISMATCH)
+
+    def _save(self, piece: Piece, file: BinaryIO) -> None:
+        shard = self._plan.index.shards[piece.shard]
+        version = self._sources.fetch(self._url(piece.shard), shard.bytes, _writer(file))
+        _check_size(version.size, shard.bytes)
+
+    def _cut(self, piece: Piece, file: BinaryIO) -> bytes:
+        offsets = self._offsets_of(piece.shard, file)
+        file.seek(offsets[piece.first])
+        return file.read(offsets[piece.last] - offsets[piece.first])
+
+    def _offsets_of(self, number: int, file: BinaryIO | None) -> tuple[int, ...]:
+        """Where each row of a shard begins, and the last one ends; `file` is the whole shard, found good."""
+        if number not in self._offsets:
+            self._offsets[number] = self._found_offsets(number, file)
+            if len(self._offsets) > self._most_offsets:
+                self._offsets.popitem(last=False)
+        self._offsets.move_to_end(number)
+        return self._offsets[number]
+
+    def _found_offsets(self, number: int, file: BinaryIO | None) -> tuple[int, ...]:
+        shard, folder = self._plan.index.shards[number], self._home(number)
+        try:
+            sidecar = fetch_sidecar(folder, shard.name, self._sources)
+            if sidecar.shard != shard:
+                raise DataError(f"{shard.name}: its sidecar belongs to another shard")
+        except TransientError:
+            raise
+        except DataError as error:
+            # Only a short cut is lost: the offsets follow from the tar, which is known to be good.
+            if file is None:
+                raise ChangedError(shard.name) from error
+            logger.warning("%s; scanning the shard instead", error)
+            sidecar = _scanned(file, shard.name)
+            if sidecar.shard != shard:
+                raise DataError(
+                    f"{shown(self._url(number))}: {sidecar.shard.samples} samples, the index says {shard.samples}; "
+                    "index the folder again"
+                ) from None
+        return sidecar.offsets
+
+    def _url(self, number: int) -> str:
+        return join(self._home(number), self._plan.index.shards[number].name)
+
+    def _home(self, number: int) -> str:
+        folders = self._plan.index.folders
+        return folders[number] if folders else self._folder
+
+
+def _check_size(size: int | None, expected: int) -> None:
+    if size is not None and size != expected:
+        raise ContentError(f"the shard has {size} bytes, its index says {expected}")
+
+
+def _writer(file: BinaryIO) -> Callable[[int, bytes], None]:
+    def write(position: int, data: bytes) -> None:
+        while data:
+            done = os.pwrite(file.fileno(), data, position)
+            position, data = position + done, data[done:]
+
+    return write
+
+
+def _scanned(file: BinaryIO, name: str) -> Sidecar:
+    with tempfile.NamedTemporaryFile(suffix=".tar") as copy:
+        file.seek(0)
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        return scan(Path(copy.name), name)

@@ -6,8 +6,8 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +15,18 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.cache import Cache
+from pipelines.decoding import Decoder, InThread, Processes, decoded
 from pipelines.errors import DataError
+from pipelines.mixture import Order
 from pipelines.noise import Purpose, gumbel, normal
-from pipelines.plan import Plan, Span, micro_batches
-from pipelines.reader import Fault, Reader
-from pipelines.samples import BadSample, Sample, decode
-from pipelines.transforms import to_model
+from pipelines.plan import Span, micro_batches
+from pipelines.reader import Fault, Raw, Reader
+from pipelines.samples import BadSample, Sample
+from pipelines.sources import Sources, local_path
 
 __all__ = ["Ledger", "MicroBatch", "Stream"]
 
@@ -56,14 +60,27 @@ class MicroBatch:
     ids: Tensor
     places: Tensor
 
+    def pin_memory(self) -> Self:
+        """The same micro batch in page-locked memory, from which a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def record_stream(self, stream: "torch.cuda.Stream") -> None:
+        """Its memory is not used again before what `stream` does now has ended."""
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                value.record_stream(stream)
+
     def to(self, device: torch.device | str) -> Self:
         """The same micro batch on a device."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = {
+            field.name: change(value)
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) is not None
         }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +94,35 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class _Planned:
+    """A place of a step: its sample, and the window that may replace it."""
+
+    place: int
+    span: Span
+    entry: int
+    number: int
+    window: Mapping[int, Raw | Fault]
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A step whose samples are being decoded: those of `planned` that `decoding` marks, or the error it met."""
+
+    number: int
+    planned: list[_Planned]
+    decoding: list[bool]
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that is ready, or the error that its making met."""
+    """A step that is ready with (place, sample, replaced) of each entry, or the error that its making met."""
 
     number: int
     micro_batches: list[MicroBatch]
-    entries: list[_Entry]
+    entries: list[tuple[int, int, int]]
     error: BaseException | None = None
+    copied: "torch.cuda.Event | None" = None
 
 
 class Stream:
@@ -96,7 +135,8 @@ class Stream:
 
     Args:
         plan: order of the set; its index must come from shards (it knows the image size).
-        folder: holds the shards.
+        folder: path or address of the folder that holds the shards; not used where the plan's index knows (of several
+            sets, from `read_index`).
         rank, world: this reader and how many there are.
         micro_batch: the most samples a micro batch may have.
         seed: of the noise.
@@ -107,6 +147,10 @@ class Stream:
         ledger: a file to which a line `step rank place sample replaced` is appended for each sample handed out, or a
             `Ledger`; one per rank. Padding is not recorded.
         memory_limit: bytes that the open windows may take.
+        decode_workers: processes that decode; 0 decodes in the thread that reads ahead. The batches are the same.
+        sources: reads files by address; by default with the retries and time-outs of `Sources`.
+        cache: for shards that are not on this machine; without it they are read from afar each time.
+        device: where the micro batches are to be; to a GPU they are copied ahead of time, on a CUDA stream of its own.
 
     Attributes:
         num_micro_batches, micro_batch: A and m; every step is A micro batches of m samples.
@@ -120,8 +164,8 @@ class Stream:
 
     def __init__(
         self,
-        plan: Plan,
-        folder: Path | str,
+        plan: Order,
+        folder: Path | str | None,
         *,
         rank: int,
         world: int,
@@ -133,6 +177,10 @@ class Stream:
         bad_limit: int | None = None,
         ledger: Path | str | Ledger | None = None,
         memory_limit: int = 4 * 2**30,
+        decode_workers: int = 0,
+        sources: Sources | None = None,
+        cache: Cache | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         plan.bounds(0, rank, world)  # refuses a rank out of range
         if unknown := set(noise) - {"slots", "gate"}:
@@ -141,8 +189,14 @@ class Stream:
             raise ValueError(f"prefetch: {prefetch} is less than 1; use a positive number")
         if plan.index.size is None:
             raise ValueError("plan: its index has no image size; read it from the folder with read_index")
-        if not Path(folder).is_dir():
-            raise DataError(f"{folder}: not a folder; render or ingest the shards first")
+        if decode_workers < 0:
+            raise ValueError(f"decode_workers: {decode_workers} is negative; use 0 to decode without processes")
+        if folder is None and not plan.index.folders:
+            raise ValueError("folder: its shards could be anywhere; name the folder that holds them")
+        homes = set(plan.index.folders) or {str(folder)}
+        for home in sorted(homes):
+            if (path := local_path(home)) is not None and not path.is_dir():
+                raise DataError(f"{home}: not a folder; render or ingest the shards first")
         _check_memory(plan, world, memory_limit)
         self.num_micro_batches, self.micro_batch = micro_batches(plan.batch_size, world, micro_batch)
         self.bad: dict[int, str] = {}
@@ -153,7 +207,14 @@ class Stream:
         self._with_masks = with_masks
         self._bad_limit = max(10, plan.index.num_samples // 100) if bad_limit is None else bad_limit
         self._ledger = Path(ledger) if isinstance(ledger, str) else ledger
-        self._reader = Reader(plan, Path(folder), with_masks)
+        self._sources = sources or Sources()
+        self._reader = Reader(plan, str(folder), with_masks, self._sources, cache)
+        self._decoder: Decoder = (
+            Processes(decode_workers, with_masks, self._size) if decode_workers else InThread(with_masks, self._size)
+        )
+        # With processes one step is decoded while the one before it is put together.
+        self._begun_ahead = 2 if decode_workers else 1
+        self._to_device = _ToDevice(torch.device(device)) if torch.device(device).type == "cuda" else None
         self._prefetch = prefetch
         self._thread: _Prefetcher | None = None
 
@@ -173,7 +234,8 @@ class Stream:
         if self._thread is None or self._thread.next != step:
             self.close()
             self._plan.size(step)  # refuses a negative step
-            self._thread = _Prefetcher(self._make, step, self._prefetch)
+            self._sources.begin()
+            self._thread = _Prefetcher(self._begin, self._finish, step, self._prefetch, self._begun_ahead)
         start = time.perf_counter()
         made = self._thread.take()
         self.waited += time.perf_counter() - start
@@ -181,13 +243,17 @@ class Stream:
             self.close()
             raise made.error
         self._record(made)
+        if self._to_device is not None:
+            self._to_device.arrive(made)
         return made.micro_batches
 
     def close(self) -> None:
         """Stop reading ahead. The stream can be used again."""
         if self._thread is not None:
+            self._sources.end()
             self._thread.close()
             self._thread = None
+        self._decoder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -199,60 +265,85 @@ class Stream:
 
     # --- in the thread -------------------------------------------------------------------------------------------
 
-    def _make(self, step: int) -> _Step:
-        self._check_limit()  # once above the limit no later step gets by
-        begin, end = self._plan.bounds(step, self._rank, self._world)
-        # A rank without samples pads with a neighbour's: its micro batches must have the same shape.
-        low = min(begin, self._plan.size(step) - 1)
-        spans = self._plan.spans(step, low, max(end, low + 1))
-        entries: list[_Entry] = []
-        for span in spans:
-            entries += self._entries(span, low + len(entries))
-        self._reader.keep({span.window.lane for span in spans})
-        real = end - begin
-        padded = entries + [entries[-1]] * (self.num_micro_batches * self.micro_batch - len(entries))
-        parts = [
-            self._collate(step, padded[i : i + self.micro_batch], real - i)
-            for i in range(0, len(padded), self.micro_batch)
-        ]
-        return _Step(step, parts, entries[:real])
+    def _begin(self, step: int) -> _Begun:
+        """Read a step's windows and have its samples decoded."""
+        try:
+            self._check_limit()  # once above the limit no later step gets by
+            begin, end = self._plan.bounds(step, self._rank, self._world)
+            # A rank without samples pads with a neighbour's: its micro batches must have the same shape.
+            low = min(begin, self._plan.size(step) - 1)
+            spans = self._plan.spans(step, low, max(end, low + 1))
+            planned: list[_Planned] = []
+            for span in spans:
+                window, order = self._reader.window(span.window), self._plan.order(span.window)
+                for entry in range(span.first, span.first + span.count):
+                    planned.append(_Planned(low + len(planned), span, entry, int(order[entry]), window))
+            self._reader.keep({span.window.lane for span in spans})
+        except BaseException as error:  # raised again by `step`, in its turn
+            return _Begun(step, [], [], error)
+        raws = [place.window[place.number] if place.number not in self.bad else None for place in planned]
+        self._decoder.submit([raw.members for raw in raws if isinstance(raw, Raw)])
+        return _Begun(step, planned, [isinstance(raw, Raw) for raw in raws])
 
-    def _entries(self, span: Span, place: int) -> list[_Entry]:
-        order = self._plan.order(span.window)
-        entries: list[_Entry] = []
-        for i in range(span.first, span.first + span.count):
-            planned = int(order[i])
-            sample = self._sample(span, planned)
-            number = planned
-            if sample is None:
-                number, sample = self._replacement(span, i)
-            entries.append(_Entry(place + len(entries), number, planned if number != planned else -1, sample))
-        return entries
+    def _finish(self, begun: _Begun) -> _Step:
+        """The micro batches of a step, bad samples replaced."""
+        try:
+            if begun.error is not None:
+                raise begun.error
+            decoded = iter(self._decoder.take())
+            entries = [
+                self._entry(place, next(decoded) if decoding else None)
+                for place, decoding in zip(begun.planned, begun.decoding, strict=True)
+            ]
+            step = begun.number
+            begin, end = self._plan.bounds(step, self._rank, self._world)
+            real = end - begin
+            padded = entries + [entries[-1]] * (self.num_micro_batches * self.micro_batch - len(entries))
+            parts = [
+                self._collate(step, padded[i : i + self.micro_batch], real - i)
+                for i in range(0, len(padded), self.micro_batch)
+            ]
+            self._decoder.release()  # all pixels have been copied
+            handed = [(entry.place, entry.number, entry.replaced) for entry in entries[:real]]
+            made = _Step(step, parts, handed)
+            return made if self._to_device is None else self._to_device.send(made)
+        except BaseException as error:  # raised again by `step`, in its turn
+            return _Step(begun.number, [], [], error)
 
-    def _replacement(self, span: Span, entry: int) -> tuple[int, Sample]:
-        for number in self._plan.replacements(span.window, entry):
-            sample = self._sample(span, number)
+    def _entry(self, planned: _Planned, result: Sample | BadSample | None) -> _Entry:
+        """What comes to a place; `result` is of its planned sample, None where that was not decoded."""
+        number = planned.number
+        sample = self._judged(planned, number, result)
+        if sample is None:
+            number, sample = self._replacement(planned)
+        return _Entry(planned.place, number, planned.number if number != planned.number else -1, sample)
+
+    def _replacement(self, planned: _Planned) -> tuple[int, Sample]:
+        window = planned.span.window
+        for number in self._plan.replacements(window, planned.entry):
+            raw = planned.window[number]
+            result = decoded(raw.members, self._with_masks, self._size) if isinstance(raw, Raw) else None
+            sample = self._judged(planned, number, result)
             if sample is not None:
                 return number, sample
-        shards = ", ".join(self._plan.index.shards[piece.shard].name for piece in self._plan.pieces(span.window))
+        shards = ", ".join(self._plan.index.shards[piece.shard].name for piece in self._plan.pieces(window))
         raise DataError(f"no good sample in {shards}; repair these shards, or use a larger window")
 
-    def _sample(self, span: Span, number: int) -> Sample | None:
+    def _judged(self, planned: _Planned, number: int, result: Sample | BadSample | None) -> Sample | None:
         """A decoded sample, or None where it is bad."""
+        if isinstance(result, Sample):
+            return result
         if number in self.bad:
             return None
-        raw = self._reader.window(span.window)[number]
+        raw = planned.window[number]
         if isinstance(raw, Fault):
             self._count_bad(number, raw.reason)
             return None
-        try:
-            return decode(raw.members, self._with_masks, self._size)
-        except BadSample as error:
-            shard, row = self._plan.index.locate(number)
-            name = self._plan.index.shards[shard].name
-            logger.warning("shard %s, key %s (row %d): %s; it is replaced", name, raw.key, row, error)
-            self._count_bad(number, str(error))
-            return None
+        shard, row = self._plan.index.locate(number)
+        name = self._plan.index.shards[shard].name
+        logger.warning("shard %s, key %s (row %d): %s; it is replaced", name, raw.key, row, result)
+        self._count_bad(number, str(result))
+        return None
 
     def _count_bad(self, number: int, reason: str) -> None:
         self.bad[number] = reason
@@ -278,7 +369,7 @@ class Stream:
         if "gate" in self._noise:
             gate = torch.from_numpy(gumbel(self._seed, Purpose.GATE, step, places, self._noise["gate"]))
         return MicroBatch(
-            images=to_model(np.stack([entry.sample.image for entry in entries])),
+            images=_to_model([entry.sample.image for entry in entries]),
             weight=torch.from_numpy((np.arange(len(entries)) < real).astype(np.float32)),
             slot_noise=slots,
             gate_noise=gate,
@@ -294,7 +385,7 @@ class Stream:
         """Note what was handed out; steps that were only prefetched do not count."""
         if self._ledger is None:
             return
-        lines = [(made.number, self._rank, entry.place, entry.number, entry.replaced) for entry in made.entries]
+        lines = [(made.number, self._rank, *entry) for entry in made.entries]
         if isinstance(self._ledger, Path):
             with self._ledger.open("a") as file:
                 file.write("".join(" ".join(map(str, line)) + "\n" for line in lines))
@@ -304,18 +395,20 @@ class Stream:
 
 
 class _Prefetcher:
-    """A thread that makes steps from `first` on and keeps a few ready."""
+    """A thread that makes steps from `first` on: a few are begun, and a few are ready."""
 
-    def __init__(self, make: Callable[[int], _Step], first: int, ahead: int) -> None:
+    def __init__(
+        self, begin: Callable[[int], _Begun], finish: Callable[[_Begun], _Step], first: int, ahead: int, begun: int
+    ) -> None:
         self.next = first
-        self._make = make
+        self._begin, self._finish, self._begun = begin, finish, begun
         self._ready: queue.Queue[_Step] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(first,), name="stream", daemon=True)
         self._thread.start()
 
     def take(self) -> _Step:
-        made = self._ready.get()
+        made = self._ready.get()  # its maker ends in a step or in an error: all its own waits have an end
         self.next += 1
         return made
 
@@ -327,18 +420,40 @@ class _Prefetcher:
         self._thread.join()
 
     def _run(self, step: int) -> None:
+        begun: deque[_Begun] = deque()
         while not self._stop.is_set():
-            try:
-                made = self._make(step)
-            except BaseException as error:  # raised again by Stream.step, in its turn
-                made = _Step(step, [], [], error)
+            while len(begun) < self._begun and not (begun and begun[-1].error):
+                begun.append(self._begin(step))
+                step += 1
+            made = self._finish(begun.popleft())
             self._ready.put(made)
             if made.error is not None:
                 return
-            step += 1
 
 
-def _check_memory(plan: Plan, world: int, limit: int) -> None:
+class _ToDevice:
+    """Copies steps to a GPU beside what it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def send(self, made: _Step) -> _Step:
+        """In the thread: start the copies."""
+        with torch.cuda.stream(self._stream):
+            moved = [micro.pin_memory().to(self._device) for micro in made.micro_batches]
+            return dataclasses.replace(made, micro_batches=moved, copied=self._stream.record_event())
+
+    def arrive(self, made: _Step) -> None:
+        """In the caller: what it computes from now on waits for the copies, and keeps them from being overwritten."""
+        current = torch.cuda.current_stream(self._device)
+        if made.copied is not None:
+            current.wait_event(made.copied)
+        for micro in made.micro_batches:
+            micro.record_stream(current)
+
+
+def _check_memory(plan: Order, world: int, limit: int) -> None:
     needed = plan.open_lanes(world) * plan.window_bytes
     if needed > limit:
         raise ValueError(
@@ -346,3 +461,11 @@ def _check_memory(plan: Plan, world: int, limit: int) -> None:
             f"{needed / 2**30:.1f} GiB, the limit is {limit / 2**30:.1f} GiB; "
             "lower lanes or window, or write smaller shards"
         )
+
+
+def _to_model(images: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """What `transforms.to_model` makes of their stack, without stacking them: float32 [m, 3, H, W]."""
+    batch = np.empty((len(images), 3, *images[0].shape[:2]), dtype=np.float32)
+    for image, channels in zip(images, batch, strict=True):
+        np.divide(image.transpose(2, 0, 1), np.float32(127.5), out=channels)  # [3, H, W]
+    return torch.from_numpy(batch).sub_(1.0)

@@ -1,0 +1,229 @@
+"""Several sets in one batch, by weight, as a pure function of the step. numpy only.
+
+Sample k of set i is due at the time (2 k + 1) / (2 w_i), and the positions of the mixture are given out in order of
+that time: the method of Webster and Sainte-Lague, which deals out seats as evenly as whole numbers allow.
+
+    weights 2 : 1 : 1       a b a c  a b a c  ...
+
+So before any position p each set has been handed out w_i p samples, give or take less than the number of sets, and the
+counts at p are found directly, whatever p is. The samples of a set come in the order of its own plan, epoch after
+epoch, each exactly once an epoch of its set; sets pass their epochs independently of each other, within a step too.
+
+A step is always full. Its batch is ordered by set, then by lane; sets share the lanes by weight. An epoch of the
+mixture is the number of steps after which every set has been seen whole at least once. Samples are numbered through:
+those of a set come after those of the sets before it.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.index import Index
+from pipelines.noise import Purpose, generator
+from pipelines.plan import Piece, Plan, Span, Window
+
+__all__ = ["Mixture", "Order"]
+
+
+class Mixture:
+    """The order of several sets, mixed; it answers what a `Plan` answers.
+
+    Args:
+        sets: index and weight of each; a weight is a positive number, relative to the others.
+        index: all sets joined, in the same order.
+        batch_size, seed, lanes, window: as of a `Plan`; every set has a lane at least.
+
+    Raises:
+        ValueError: a number is out of range, or the joined index is not that of the sets.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[tuple[Index, float]],
+        index: Index,
+        *,
+        batch_size: int,
+        seed: int,
+        lanes: int = 8,
+        window: int = 4,
+    ) -> None:
+        if not sets:
+            raise ValueError("sets: there is none; name at least one")
+        if bad := [weight for _, weight in sets if not 0 < weight < float("inf")]:
+            raise ValueError(f"weight: {bad[0]} is not a positive number; leave a set out, or give it a share")
+        if index.shards != tuple(shard for part, _ in sets for shard in part.shards):
+            raise ValueError("index: its shards are not those of the sets, joined in order")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} is less than 1; use a positive number")
+        # As written: 0.1 is a tenth, and equal weights are equal.
+        weights = [Fraction(str(weight)) for _, weight in sets]
+        scale = Fraction(1) / min(weights)
+        fractions = [weight * scale for weight in weights]
+        common = np.lcm.reduce([fraction.denominator for fraction in fractions], dtype=object)
+        self.weights = tuple(int(fraction * common) for fraction in fractions)
+        self.index = index
+        self.batch_size = batch_size
+        self.seed = seed
+        self.window = window
+        self._sets, self._wish = tuple(sets), lanes
+        self._plans = [
+            # Each set is permuted by a seed of its own: no epoch number reaches these steps.
+            self._plan(part, self._set_seed(i), max(1, round(lanes * weight / sum(self.weights))))
+            for i, (part, weight) in enumerate(zip((part for part, _ in sets), self.weights, strict=True))
+        ]
+        self.lanes = sum(plan.lanes for plan in self._plans)
+        self._first_lane = [0, *accumulate(plan.lanes for plan in self._plans)]
+        self._first_shard = [0, *accumulate(len(part.shards) for part, _ in sets)]
+        self._first_sample = [0, *accumulate(part.num_samples for part, _ in sets)]
+        self.steps_per_epoch = self._steps_per_epoch()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        build = partial(Mixture, batch_size=self.batch_size, seed=self.seed, lanes=self._wish, window=self.window)
+        return build, (self._sets, self.index)
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def counts(self, position: int) -> tuple[int, ...]:
+        """How many of the first `position` samples of the mixture come from each set."""
+        # All that is due by a time by which `position` are at most, whatever the rounding; then one by one.
+        total, known = sum(self.weights), max(0, position - len(self.weights))
+        counts = [(2 * known * weight + total) // (2 * total) for weight in self.weights]
+        while sum(counts) < position:
+            earliest = min(range(len(counts)), key=lambda i: self._due(i, counts[i]))
+            counts[earliest] += 1
+        return tuple(counts)
+
+    def size(self, step: int) -> int:
+        """Samples of a step: always the batch size."""
+        if step < 0:
+            raise ValueError(f"step: {step} is negative; steps count from 0")
+        return self.batch_size
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Samples of a step in order of place, int64 [G]."""
+        return self._samples(step, 0, self.size(step))
+
+    def rank_slice(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
+        """Samples of a step that a rank reads: a contiguous slice of `batch(step)`."""
+        return self._samples(step, *self.bounds(step, rank, world))
+
+    def bounds(self, step: int, rank: int, world: int) -> tuple[int, int]:
+        """The places [begin, end) of a step that a rank reads.
+
+        Raises:
+            ValueError: the rank is not in [0, world).
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank: {rank} is not in [0, world = {world}); ranks count from 0")
+        size = self.size(step)
+        return rank * size // world, (rank + 1) * size // world
+
+    def spans(self, step: int, begin: int, end: int) -> list[Span]:
+        """Where the places [begin, end) of a step come from, in order of place.
+
+        Raises:
+            ValueError: the places are not within the step.
+        """
+        size = self.size(step)
+        if not 0 <= begin <= end <= size:
+            raise ValueError(f"places: [{begin}, {end}) is not within step {step}, which has {size}")
+        before, after = self.counts(step * size), self.counts((step + 1) * size)
+        spans: list[Span] = []
+        place = 0
+        for i, plan in enumerate(self._plans):
+            position, samples = before[i], plan.index.num_samples
+            while position < after[i]:  # once, and once more for each epoch of the set that ends here
+                epoch, first = divmod(position, samples)
+                count = min(samples - first, after[i] - position)
+                low, high = max(begin - place, 0), min(end - place, count)
+                if low < high:
+                    spans += [
+                        replace(span, window=replace(span.window, lane=self._first_lane[i] + span.window.lane))
+                        for span in plan.stretch(epoch, first, first + count, low, high)
+                    ]
+                position, place = position + count, place + count
+        return spans
+
+    # --- windows -------------------------------------------------------------------------------------------------
+
+    def pieces(self, window: Window) -> list[Piece]:
+        """What a window reads, in order."""
+        i, inner = self._inside(window)
+        return [replace(piece, shard=self._first_shard[i] + piece.shard) for piece in self._plans[i].pieces(inner)]
+
+    def order(self, window: Window) -> NDArray[np.int64]:
+        """A window's samples, shuffled, int64."""
+        i, inner = self._inside(window)
+        return self._plans[i].order(inner) + self._first_sample[i]
+
+    def replacements(self, window: Window, entry: int) -> Iterator[int]:
+        """Samples that may fill the place of a bad one, best first: the rest of its window's order, cyclic."""
+        i, inner = self._inside(window)
+        return (self._first_sample[i] + sample for sample in self._plans[i].replacements(inner, entry))
+
+    @property
+    def window_bytes(self) -> int:
+        """The most bytes of shards that one window can hold."""
+        return max(plan.window_bytes for plan in self._plans)
+
+    def open_lanes(self, world: int) -> int:
+        """The most lanes that a rank reads in a step: a set's lanes may be narrower than another's."""
+        if world == 1:
+            return self.lanes
+        widths = sorted(
+            width
+            for plan, weight in zip(self._plans, self.weights, strict=True)
+            for width in self._widths(plan, weight)
+        )
+        # As many of the narrowest as a slice can touch: whole ones, and a part of one at either end.
+        whole = bisect_right(list(accumulate(widths)), -(-self.batch_size // world))
+        return min(self.lanes, whole + 2)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _widths(self, plan: Plan, weight: int) -> list[int]:
+        """The fewest samples that a step takes from each lane of a set."""
+        least = self.batch_size * weight // sum(self.weights) - len(self.weights) - 1
+        return [max(0, least // plan.lanes - 1)] * plan.lanes  # one less where an epoch of the set ends in the step
+
+    def _due(self, i: int, k: int) -> tuple[Fraction, int]:
+        return Fraction(2 * k + 1, 2 * self.weights[i]), i
+
+    def _steps_per_epoch(self) -> int:
+        low, high = 1, 1
+        while not self._all_seen(high):
+            low, high = high + 1, 2 * high
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._all_seen(middle) else (middle + 1, high)
+        return low
+
+    def _all_seen(self, steps: int) -> bool:
+        counts = self.counts(steps * self.batch_size)
+        return all(count >= plan.index.num_samples for count, plan in zip(counts, self._plans, strict=True))
+
+    def _inside(self, window: Window) -> tuple[int, Window]:
+        """The set of a window, and the window as the set's own plan knows it."""
+        i = bisect_right(self._first_lane, window.lane) - 1
+        return i, replace(window, lane=window.lane - self._first_lane[i])
+
+    def _plan(self, index: Index, seed: int, lanes: int) -> Plan:
+        return Plan(index, batch_size=lanes, seed=seed, lanes=lanes, window=self.window)
+
+    def _set_seed(self, i: int) -> int:
+        return int(generator(self.seed, Purpose.ORDER, step=2**64 - 1 - i).integers(2**63))
+
+    def _samples(self, step: int, begin: int, end: int) -> NDArray[np.int64]:
+        parts = [self.order(s.window)[s.first : s.first + s.count] for s in self.spans(step, begin, end)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+Order = Plan | Mixture
+"""What a stream follows."""
