@@ -4,18 +4,27 @@ Every name exported here imports without torch. What makes torch batches is impo
 `pipelines.stream` (Stream, MicroBatch) and `pipelines.transforms`.
 """
 
-from pipelines.errors import DataError
+from pipelines.cache import Cache
+from pipelines.errors import DataError, TransientError
 from pipelines.index import Index, Shard, index_from_counts
+from pipelines.mixture import Mixture
 from pipelines.noise import Purpose
 from pipelines.plan import Plan, micro_batches
-from pipelines.shards import index_folder, read_index, verify, write_index, write_shard
+from pipelines.sets import WeightedSet, read_index
+from pipelines.shards import index_folder, verify, write_index, write_shard
+from pipelines.sources import Sources
 
 __all__ = [
+    "Cache",
     "DataError",
     "Index",
+    "Mixture",
     "Plan",
     "Purpose",
     "Shard",
+    "Sources",
+    "TransientError",
+    "WeightedSet",
     "index_folder",
     "index_from_counts",
     "micro_batches",

@@ -27,6 +27,7 @@ __all__ = ["Cache", "NoRoomError"]
 logger = logging.getLogger(__name__)
 
 File = BufferedReader | BufferedRandom
+Download = Callable[[BufferedRandom], None]
 
 _POLL = 0.02
 
@@ -56,7 +57,7 @@ class Cache:
         self._checked: set[str] = set()  # found whole by this process
 
     @contextmanager
-    def shard(self, url: str, sha256: str, size: int, download: Callable[[BufferedRandom], None]) -> Iterator[File]:
+    def shard(self, url: str, sha256: str, size: int, download: Download) -> Iterator[File]:
         """A shard, open to be read; it is not evicted before the block ends.
 
         Args:
@@ -100,9 +101,7 @@ class Cache:
             os.utime(path)
         return file
 
-    def _downloaded(
-        self, key: str, url: str, size: int, sha256: str, download: Callable[[BufferedRandom], None]
-    ) -> File:
+    def _downloaded(self, key: str, url: str, size: int, sha256: str, download: Download) -> File:
         part, path = self.folder / f"{key}.part", self.folder / f"{key}.shard"
         while True:
             file = self._locked_part(part, url)
@@ -126,9 +125,7 @@ class Cache:
                 file.close()
                 raise
 
-    def _fill(
-        self, file: BufferedRandom, url: str, sha256: str, size: int, download: Callable[[BufferedRandom], None]
-    ) -> None:
+    def _fill(self, file: BufferedRandom, url: str, sha256: str, size: int, download: Download) -> None:
         for last in (False, True):  # once more: the way here may be at fault
             download(file)
             file.flush()

@@ -11,11 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, TransientError
 from pipelines.index import Index, index_from_counts
 from pipelines.noise import Purpose, gumbel, normal
 from pipelines.plan import Plan
 from pipelines.shards import read_index
+from pipelines.sources import Sources
 from pipelines.stream import MicroBatch, Stream
 from pipelines.transforms import to_model, to_pixels
 
@@ -293,8 +294,11 @@ def test_a_shard_that_cannot_be_read_now_stops_the_run(folder: Path, monkeypatch
 
     plan = plan_of(folder)
     monkeypatch.setattr(Path, "open", failing)
-    monkeypatch.setattr("pipelines.reader.RETRY_SECONDS", (0.0, 0.0))
-    with open_stream(plan, folder) as stream, pytest.raises(DataError, match=r"002\.tar: cannot be read .*output"):
+    sources = Sources(tries=3, first_delay=0)
+    with (
+        open_stream(plan, folder, sources=sources) as stream,
+        pytest.raises(TransientError, match=r"002\.tar: could not be read in 3 tries .*output"),
+    ):
         read_epochs(stream, plan)
     assert stream.bad == {}
 
@@ -310,9 +314,10 @@ def test_a_fault_that_passes_changes_no_batch(folder: Path, monkeypatch: pytest.
         return opened(self, *arguments, **keywords)
 
     monkeypatch.setattr(Path, "open", failing)
-    monkeypatch.setattr("pipelines.reader.RETRY_SECONDS", (0.0, 0.0))
     steps = range(plan.steps_per_epoch)
-    assert handed_out(plan, folder, steps, 1) == [plan.batch(step).tolist() for step in steps]
+    assert handed_out(plan, folder, steps, 1, sources=Sources(tries=3, first_delay=0)) == [
+        plan.batch(step).tolist() for step in steps
+    ]
     assert failures == 0
 
 
