@@ -382,6 +382,23 @@ def read_sample(folder: Path | str, name: str, row: int) -> tuple[str, dict[str,
         raise DataError(f"{folder / name}: row {row} cannot be read ({error}); verify the set") from error
 
 
+def scan_samples(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+    """(key, (byte position, bytes) by member name) of every sample of a tar, by webdataset's own rules of grouping.
+
+    Raises:
+        DataError: it cannot be read, is truncated or damaged.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            groups, _ = _groups(tar)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise DataError(f"{path}: not a whole WebDataset tar ({error}); copy or make it again") from error
+    return [
+        (group.key, {name: (entry.offset_data, entry.size) for name, entry in group.entries.items()})
+        for group in groups
+    ]
+
+
 def _check(
     tar: tarfile.TarFile, group: "_Group", size: tuple[int, int] | None, expected: frozenset[str] | None
 ) -> list[str]:
