@@ -174,24 +174,10 @@ class Mixture:
         return max(plan.window_bytes for plan in self._plans)
 
     def open_lanes(self, world: int) -> int:
-        """The most lanes that a rank reads in a step: a set's lanes may be narrower than another's."""
-        if world == 1:
-            return self.lanes
-        widths = sorted(
-            width
-            for plan, weight in zip(self._plans, self.weights, strict=True)
-            for width in self._widths(plan, weight)
-        )
-        # As many of the narrowest as a slice can touch: whole ones, and a part of one at either end.
-        whole = bisect_right(list(accumulate(widths)), -(-self.batch_size // world))
-        return min(self.lanes, whole + 2)
+        """The most lanes that a rank reads in a step: all, since a set's epoch may end within its slice."""
+        return self.lanes
 
     # --- inside --------------------------------------------------------------------------------------------------
-
-    def _widths(self, plan: Plan, weight: int) -> list[int]:
-        """The fewest samples that a step takes from each lane of a set."""
-        least = self.batch_size * weight // sum(self.weights) - len(self.weights) - 1
-        return [max(0, least // plan.lanes - 1)] * plan.lanes  # one less where an epoch of the set ends in the step
 
     def _due(self, i: int, k: int) -> tuple[Fraction, int]:
         return Fraction(2 * k + 1, 2 * self.weights[i]), i

@@ -1,17 +1,22 @@
 """Properties of the data order, over shapes of sets, batch sizes, seeds, epochs and worlds."""
 
 import pickle
-import time
+import random
+import sys
 import tracemalloc
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from webdataset.filters import _shuffle
 
 from pipelines.index import Index, Shard
-from pipelines.plan import Plan, index_from_counts, micro_batches
+from pipelines.noise import generator
+from pipelines.plan import Plan, Window, index_from_counts, micro_batches
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=25)
 WORLDS = st.integers(1, 9)
@@ -157,19 +162,92 @@ def test_each_shard_is_spread_over_an_epoch_and_each_place_sees_all() -> None:
     assert np.abs(mean - 59 / 2).max() < 5 * deviation
 
 
+def calls_of(work: Callable[[], object]) -> int:
+    """Functions called, Python's and C's: a measure of work that no other process disturbs."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
 def test_any_step_costs_the_same_in_a_set_of_a_billion() -> None:
     index = index_from_counts([10**4] * 10**5)
     _ = index.offsets
-    fastest = {}
+    # A fresh plan each time, and with what it must permute: one epoch's shards, a window or two a lane.
+    calls = {
+        step: calls_of(lambda step=step: Plan(index, batch_size=4096, seed=1).batch(step))
+        for step in (0, 10**6, 10**12)
+    }
+    assert max(calls.values()) < 2 * min(calls.values()) < 10**4
+
+
+def test_a_step_permutes_the_shards_and_the_open_windows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    permuted: list[int] = []
+
+    class Counting:
+        def __init__(self, *arguments, **keywords) -> None:  # type: ignore[no-untyped-def]
+            self._inner = generator(*arguments, **keywords)
+
+        def permutation(self, things):  # type: ignore[no-untyped-def]
+            permuted.append(things if isinstance(things, int) else len(things))
+            return self._inner.permutation(things)
+
+    monkeypatch.setattr("pipelines.plan.generator", Counting)
+    plan = Plan(index_from_counts([100] * 1000), batch_size=64, seed=1, lanes=8, window=4)
     for step in (0, 10**6, 10**12):
-        times = []
-        for _ in range(3):
-            plan = Plan(index, batch_size=4096, seed=1)
-            start = time.perf_counter()
-            plan.batch(step)
-            times.append(time.perf_counter() - start)
-        fastest[step] = min(times)
-    assert max(fastest.values()) < 30 * min(fastest.values())  # reading through to the step would be a million times
+        permuted.clear()
+        plan.batch(step)
+        assert sum(size == 1000 for size in permuted) <= 1
+        assert sum(size for size in permuted if size != 1000) <= 2 * 8 * 4 * 100
+
+
+@pytest.mark.parametrize(("shards", "each"), [(200, 50), (1000, 10), (320, 40)])
+def test_a_place_says_less_of_its_shard_than_behind_a_buffer_of_equal_memory(shards: int, each: int) -> None:
+    """Rank correlation of position and shard, shards ranked as an epoch lays them out; webdataset's own shuffle.
+
+    In sets that are large beside the memory: a buffer that holds most of a set is a full shuffle.
+    """
+    lanes, window = 8, 4
+    plan = Plan(index_from_counts([each] * shards), batch_size=64, seed=5, lanes=lanes, window=window)
+    for epoch in range(3):
+        laid_out = [
+            piece.shard
+            for lane, windows in windows_of(plan, epoch).items()
+            for number in range(windows)
+            for piece in plan.pieces(Window(epoch, lane, number))
+        ]
+        ours = np.concatenate(epoch_of(plan, epoch)) // each
+        shuffled = random.Random(epoch)
+        sequence = shuffled.sample(range(shards), shards)
+        room = lanes * window * each
+        source = (shard for shard in sequence for _ in range(each))
+        buffered = np.array(list(_shuffle(source, bufsize=room, initial=room, rng=shuffled)))
+        assert np.array_equal(np.sort(buffered), np.sort(ours))
+        correlation = abs(rank_correlation(ours, laid_out))
+        assert correlation < 0.2
+        assert correlation < abs(rank_correlation(buffered, sequence)) / 2
+
+
+def windows_of(plan: Plan, epoch: int) -> dict[int, int]:
+    """Number of windows by lane."""
+    windows: dict[int, int] = {}
+    for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+        for span in plan.spans(step, 0, plan.size(step)):
+            windows[span.window.lane] = max(windows.get(span.window.lane, 0), span.window.number + 1)
+    return dict(sorted(windows.items()))
+
+
+def rank_correlation(shards: np.ndarray, sequence: list[int]) -> float:
+    rank = {shard: i for i, shard in enumerate(dict.fromkeys(sequence))}
+    return float(spearmanr(np.arange(len(shards)), [rank[shard] for shard in shards.tolist()])[0])
 
 
 def test_memory_is_shards_plus_open_windows_in_a_set_of_a_billion() -> None:
@@ -192,6 +270,25 @@ def test_micro_batches_are_the_fewest_and_then_the_smallest(batch_size: int, wor
     longest = max((rank + 1) * batch_size // world - rank * batch_size // world for rank in range(world))
     fitting = [(a, m) for m in range(1, largest + 1) for a in range(1, longest + 1) if a * m >= longest]
     assert micro_batches(batch_size, world, largest) == min(fitting)
+
+
+@given(plan=plans(), epoch=st.integers(0, 3), data=st.data())
+def test_a_stretch_of_any_positions_is_theirs_lane_by_lane(plan: Plan, epoch: int, data: st.DataObject) -> None:
+    samples = plan.index.num_samples
+    first = data.draw(st.integers(0, samples))
+    last = data.draw(st.integers(first, samples))
+    begin = data.draw(st.integers(0, last - first))
+    end = data.draw(st.integers(begin, last - first))
+    by_position: dict[int, int] = {}  # position j is entry j // lanes of lane j % lanes
+    taken = dict.fromkeys(range(plan.lanes), 0)
+    for span in plan.stretch(epoch, 0, samples, 0, samples):
+        for sample in plan.order(span.window)[span.first : span.first + span.count].tolist():
+            by_position[taken[span.window.lane] * plan.lanes + span.window.lane] = sample
+            taken[span.window.lane] += 1
+    asked = sorted(range(first, last), key=lambda j: (j % plan.lanes, j))[begin:end]
+    spans = plan.stretch(epoch, first, last, begin, end)
+    got = [n for s in spans for n in plan.order(s.window)[s.first : s.first + s.count].tolist()]
+    assert got == [by_position[j] for j in asked]
 
 
 @given(plan=plans(), world=WORLDS)
