@@ -12,15 +12,17 @@ import yaml
 from rich.progress import Progress, TaskID
 
 import pipelines.scenes
-from orchestration.rank import Data, training_stream
-from orchestration.recipe import Recipe, RecipeError, ScenesSection, state_home
+from orchestration.rank import Data, sources_of, training_stream
+from orchestration.recipe import Recipe, RecipeError, ScenesSection, SetSection, state_home
 from orchestration.run_folder import Lease, LeaseHeldError, RunFolder
-from pipelines import DataError, Index, Shard, read_index, write_index
+from pipelines import DataError, Index, Shard, WeightedSet, read_index, write_index
 from pipelines.ingest import Ingest, Ingested, Piece, Written
 from pipelines.ingest.job import SETS
 from pipelines.scenes import Renderer, Tetrominoes
 from pipelines.scenes.render import render_shard
+from pipelines.sets import Place, Sets, place_of
 from pipelines.shards import INDEXED, expected_kinds, index_shard, tar_names, unlisted, verify_shard
+from pipelines.sources import local_path
 
 
 def data_folders(recipe: Recipe) -> Data:
@@ -29,7 +31,7 @@ def data_folders(recipe: Recipe) -> Data:
     if scenes is None:
         assert recipe.data.train is not None  # the recipe has either
         assert recipe.data.eval is not None
-        return Data(Path(recipe.data.train).expanduser().absolute(), Path(recipe.data.eval).expanduser().absolute())
+        return Data(_place(recipe.data.train), _place(recipe.data.eval))
     digest = hashlib.sha256(json.dumps(scenes.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
     folder = state_home() / "data" / f"tetrominoes-{digest}"
     return Data(folder / "train", folder / "eval")
@@ -38,7 +40,7 @@ def data_folders(recipe: Recipe) -> Data:
 def is_prepared(recipe: Recipe) -> bool:
     """Whether all shards are there; a folder with an index is complete."""
     data = data_folders(recipe)
-    return all((folder / "index.json").is_file() for folder in (data.train, data.eval))
+    return all((place / "index.json").is_file() for place in (data.train, data.eval) if isinstance(place, Path))
 
 
 def prepare(recipe: Recipe, progress: Progress) -> None:
@@ -46,7 +48,7 @@ def prepare(recipe: Recipe, progress: Progress) -> None:
     data, scenes = data_folders(recipe), recipe.data.scenes
     while scenes is not None and not is_prepared(recipe):
         try:
-            with Lease(RunFolder(data.train.parent)):  # runs of one data set share it, and one renders
+            with Lease(RunFolder(_folder(data.train).parent)):  # runs of one data set share it, and one renders
                 _render_all(scenes, data, progress)
         except LeaseHeldError:
             time.sleep(1)
@@ -56,8 +58,8 @@ def _render_all(scenes: ScenesSection, data: Data, progress: Progress) -> None:
     shards = _shard_sizes(scenes.train, scenes.per_shard)
     held_out = _shard_sizes(scenes.eval, scenes.per_shard)
     bar = progress.add_task("rendering scenes", total=scenes.train + scenes.eval)
-    _render(scenes, data.train, shards, 0, progress, bar)
-    _render(scenes, data.eval, held_out, len(shards), progress, bar)  # other numbers: other scenes
+    _render(scenes, _folder(data.train), shards, 0, progress, bar)
+    _render(scenes, _folder(data.eval), held_out, len(shards), progress, bar)  # other numbers: other scenes
     progress.remove_task(bar)
 
 
@@ -69,7 +71,8 @@ def check_data(recipe: Recipe) -> dict[str, str]:
         DataError: an index is missing or damaged.
     """
     data, size = data_folders(recipe), recipe.model.image_size
-    train, held_out = read_index(data.train), read_index(data.eval)
+    sources = sources_of(recipe)
+    train, held_out = read_index(data.train, sources), read_index(data.eval, sources)
     if shared := {shard.sha256 for shard in train.shards} & {shard.sha256 for shard in held_out.shards}:
         name = next(shard.name for shard in held_out.shards if shard.sha256 in shared)
         raise RecipeError(f"data.eval: its shard {name} is in data.train too; hold out shards that are not trained on")
@@ -83,7 +86,25 @@ def check_data(recipe: Recipe) -> dict[str, str]:
         training_stream(recipe, data.train, 0, recipe.parallel.workers.min)
     except ValueError as error:
         raise RecipeError(f"data: {error}") from error
-    return {"train": train.digest, "eval": held_out.digest}
+    weights = [entry.weight for entry in data.train] if isinstance(data.train, Sets) else []
+    mixed = hashlib.sha256(f"{train.digest} {weights}".encode()).hexdigest()  # the weights are part of the order
+    return {"train": mixed if len(weights) > 1 else train.digest, "eval": held_out.digest}
+
+
+def _place(sets: tuple[SetSection, ...]) -> Place:
+    """Where sets lie, whatever folder a worker runs in."""
+    places = [entry.url for entry in sets]
+    for i, url in enumerate(places):
+        if (path := local_path(url)) is not None:
+            places[i] = str(path.expanduser().absolute())
+    if len(places) > 1:
+        return Sets(WeightedSet(url, entry.weight) for url, entry in zip(places, sets, strict=True))
+    return place_of(places[0])
+
+
+def _folder(place: Place) -> Path:
+    assert isinstance(place, Path)  # what is rendered is rendered into a folder
+    return place
 
 
 def renderer(scenes: ScenesSection) -> Tetrominoes:

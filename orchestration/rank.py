@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from orchestration.recipe import Recipe, parse_recipe
 from orchestration.run_folder import LeaseLostError, RunFolder, check_lease
 from orchestration.schedule import Schedule
 from orchestration.worker import DivergedError, Hook, StepReport, train
-from pipelines import DataError, Index, Plan, Purpose, micro_batches, read_index
+from pipelines import Cache, DataError, Index, Plan, Purpose, Sources, micro_batches, read_index
+from pipelines.mixture import Order
 from pipelines.noise import generator
+from pipelines.sets import Place, Sets, mixture, place_of
 from pipelines.stream import Stream
 from slot_models import SlotAutoencoder, build_autoencoder
 
@@ -38,10 +41,10 @@ FINAL_ERRORS = (DivergedError, DataError, DamagedCheckpointError, LeaseLostError
 
 @dataclass(frozen=True)
 class Data:
-    """The folders of a run's shards."""
+    """Where a run's shards are."""
 
-    train: Path
-    eval: Path
+    train: Place
+    eval: Place
 
 
 def build_model(recipe: Recipe) -> SlotAutoencoder:
@@ -52,31 +55,45 @@ def build_model(recipe: Recipe) -> SlotAutoencoder:
         return build_autoencoder(**recipe.model.model_dump())
 
 
-def training_stream(recipe: Recipe, folder: Path, rank: int = 0, world: int = 1, **options: Any) -> Stream:
+def sources_of(recipe: Recipe) -> Sources:
+    """What reads a recipe's shards."""
+    return Sources(tries=recipe.data.tries, timeout=recipe.data.timeout, allow_pipe=recipe.data.allow_pipe)
+
+
+def training_stream(recipe: Recipe, place: Place, rank: int = 0, world: int = 1, **options: Any) -> Stream:
     """A rank's part of the training set, with the noise of slots and gate."""
     noise: dict[str, tuple[int, ...]] = {"slots": (recipe.model.num_slots, recipe.model.slot_dim)}
     if recipe.model.adaptive:
         noise["gate"] = (recipe.model.num_slots, 2)
+    sources = sources_of(recipe)
+    if isinstance(place, Sets) and len(place) > 1:
+        order: Order = mixture(place, sources, batch_size=recipe.train.batch_size, seed=recipe.seed, **_shape(recipe))
+    else:
+        order = _plan(recipe, read_index(place, sources), recipe.train.batch_size)
     return Stream(
-        _plan(recipe, read_index(folder), recipe.train.batch_size),
-        folder,
+        order,
+        str(place),
         rank=rank,
         world=world,
         micro_batch=recipe.train.micro_batch,
         seed=recipe.seed,
         noise=noise,
         bad_limit=recipe.data.bad_samples,
+        sources=sources,
+        cache=_cache(recipe),
+        decode_workers=recipe.data.decode_workers,
         **options,
     )
 
 
-def evaluation_batches(recipe: Recipe, folder: Path, rank: int = 0, world: int = 1) -> tuple[Stream, int]:
+def evaluation_batches(recipe: Recipe, place: Place, rank: int = 0, world: int = 1) -> tuple[Stream, int]:
     """A rank's part of the held-out set, and the number of steps that cover it once."""
-    index = read_index(folder)
+    sources = sources_of(recipe)
+    index = read_index(place, sources)
     plan = _plan(recipe, index, min(recipe.evaluate.batch_size, index.num_samples))
     stream = Stream(
         plan,
-        folder,
+        str(place),
         rank=rank,
         world=world,
         micro_batch=recipe.train.micro_batch,
@@ -84,6 +101,9 @@ def evaluation_batches(recipe: Recipe, folder: Path, rank: int = 0, world: int =
         noise={},
         with_masks=bool(index.about.get("masks")),
         bad_limit=recipe.data.bad_samples,
+        sources=sources,
+        cache=_cache(recipe),
+        decode_workers=recipe.data.decode_workers,
     )
     return stream, plan.steps_per_epoch
 
@@ -122,7 +142,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     recipe = parse_recipe(json.loads(config["recipe"]))
     folder = RunFolder(Path(config["folder"]))
-    data = Data(Path(config["train"]), Path(config["eval"]))
+    data = Data(place_of(config["train"]), place_of(config["eval"]))
     rank, world = context.get_world_rank(), context.get_world_size()
     device = f"cuda:{torch.cuda.current_device()}" if config["gpu"] else "cpu"
     _log_to(folder.logs / f"rank-{rank}.log")
@@ -178,7 +198,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     hooks: list[Hook] = [curves.record, evaluate_held_out, save]
     if rank == 0:
         hooks.append(live_values(folder.live, recipe, world))
-    with training_stream(recipe, data.train, rank, world) as stream:
+    with training_stream(recipe, data.train, rank, world, device=device) as stream:
         background = recipe.evaluate.background_slots
         train(engine, stream, Schedule(recipe.train), start=start, background_slots=background, hooks=hooks)
     saver.wait()
@@ -214,7 +234,18 @@ def _agree(decide: Callable[[], Any], rank: int) -> Any:
 
 
 def _plan(recipe: Recipe, index: Index, batch_size: int) -> Plan:
-    return Plan(index, batch_size=batch_size, seed=recipe.seed, lanes=recipe.data.lanes, window=recipe.data.window)
+    return Plan(index, batch_size=batch_size, seed=recipe.seed, **_shape(recipe))
+
+
+def _shape(recipe: Recipe) -> dict[str, int]:
+    return {"lanes": recipe.data.lanes, "window": recipe.data.window}
+
+
+def _cache(recipe: Recipe) -> Cache | None:
+    """This node's cache: in the user's own folder, since it may hold what only this user can read."""
+    limit = int(recipe.data.cache.gigabytes * 10**9)
+    folder = recipe.data.cache.folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "slotforge"
+    return Cache(Path(folder).expanduser(), limit) if limit else None
 
 
 def _log_to(path: Path) -> None:

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 # What a run may change between submissions without becoming another run: where and how it computes, is shown and is
 # promoted, but nothing that its curve depends on. The data's folders may move; their digests are pinned apart.
@@ -19,7 +28,7 @@ MUTABLE: dict[str, Any] = {
     "parallel": True,
     "tracking": True,
     "registry": True,
-    "data": {"train", "eval", "bad_samples"},
+    "data": {"train", "eval", "bad_samples", "cache", "decode_workers", "allow_pipe", "tries", "timeout"},
     "train": {"micro_batch", "checkpoint_every", "checkpoints_kept"},
     "evaluate": {"batch_size"},
 }
@@ -53,12 +62,50 @@ class ScenesSection(Section):
         return self
 
 
+class SetSection(Section):
+    """A set of shards: its folder, or a brace pattern of folders or tars."""
+
+    url: str = Field(min_length=1, description="path, https://, s3://, gs:// or pipe: (with {name} for a file's name)")
+    weight: float = Field(1.0, gt=0, description="share of a batch, relative to the other sets")
+
+    @field_validator("url")
+    @classmethod
+    def _no_secret(cls, url: str) -> str:
+        parts = urlsplit("" if url.startswith("pipe:") else url)
+        if "://" in url and ("@" in parts.netloc or parts.query):
+            raise ValueError(
+                f"{parts.scheme}://{parts.hostname} has a user or a query, which would be logged with the recipe; put "
+                "credentials into ~/.netrc, AWS_* variables or Google's application default credentials"
+            )
+        return url
+
+
+class CacheSection(Section):
+    """Shards that are kept on each node's disk, shared by its workers and runs."""
+
+    folder: str | None = Field(None, description="on a local disk; null: slotforge in the user's cache folder")
+    gigabytes: float = Field(20.0, ge=0, description="what it may hold; 0: shards are read from afar each time")
+
+
+def _sets(value: Any) -> Any:
+    """A single address is one set."""
+    return ({"url": value},) if isinstance(value, str) else value
+
+
+Sets = Annotated[tuple[SetSection, ...], BeforeValidator(_sets), Field(min_length=1)]
+
+
 class DataSection(Section):
-    """Where the samples come from: scenes to render, or two folders of WebDataset shards with an index."""
+    """Where the samples come from: scenes to render, or sets of WebDataset shards with an index."""
 
     scenes: ScenesSection | None = Field(None, description="render Tetrominoes into shards before training")
-    train: str | None = Field(None, description="folder of training shards, where nothing is rendered")
-    eval: str | None = Field(None, description="folder of held-out shards, where nothing is rendered")
+    train: Sets | None = Field(None, description="training shards: an address, or a list of {url, weight} to mix")
+    eval: Sets | None = Field(None, description="held-out shards: an address, or a list of {url}, each seen once")
+    cache: CacheSection = CacheSection()
+    decode_workers: int = Field(0, ge=0, description="processes that decode for each worker; 0: a thread of its own")
+    allow_pipe: bool = Field(False, description="run the shell commands of pipe: addresses")
+    tries: PositiveInt = Field(8, description="how often a read is tried before the run stops")
+    timeout: float = Field(30.0, gt=0, description="seconds without an answer after which a try is given up")
     lanes: PositiveInt = Field(8, description="streams that a batch is drawn from; rounded down to divide the batch")
     window: PositiveInt = Field(4, description="shards in a shuffle window of a lane")
     bad_samples: int | None = Field(None, ge=0, description="corrupt samples that stop a run; null: 1 % of the set")
@@ -70,6 +117,15 @@ class DataSection(Section):
             raise ValueError("scenes and the folders train/eval are both given; give one of the two")
         if self.scenes is None and not all(folders):
             raise ValueError("neither scenes nor both folders train and eval are given; give one of the two")
+        for field, sets in (("train", self.train), ("eval", self.eval)):
+            if not self.allow_pipe and any(entry.url.startswith("pipe:") for entry in sets or ()):
+                raise ValueError(
+                    f"{field}: it runs a command in a shell; set data.allow_pipe: true if you trust the recipe"
+                )
+        if weighted := next((entry for entry in self.eval or () if entry.weight != 1), None):
+            raise ValueError(
+                f"eval: the weight {weighted.weight} says nothing, each held-out sample is seen once; leave it out"
+            )
         return self
 
 

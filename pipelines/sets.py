@@ -5,19 +5,21 @@ s3://bucket/{a,b}                 several folders, one set
 data/{a,b}/{000..099}.tar         these shards of the sets in data/a and data/b
 """
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipelines import shards
 from pipelines.errors import DataError
 from pipelines.index import Index
+from pipelines.mixture import Mixture
 from pipelines.shards import INDEX, Sidecar
 from pipelines.sources import AbsentError, Sources, join, local_path, shown
 
-__all__ = ["WeightedSet", "expanded", "fetch_sidecar", "read_index"]
+__all__ = ["Place", "Sets", "WeightedSet", "expanded", "fetch_sidecar", "mixture", "place_of", "read_index"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,38 @@ class WeightedSet:
 
     url: str
     weight: float = 1.0
+
+
+class Sets(tuple[WeightedSet, ...]):
+    """Several sets; as text they are JSON, which `place_of` reads."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return json.dumps([asdict(entry) for entry in self])
+
+
+Place = Path | str | Sets
+"""Where a run's shards are: a folder of this machine, an address or brace pattern, or several of them by weight."""
+
+
+def place_of(text: str) -> Place:
+    """The place that a text stands for: `str` of a place, or an address."""
+    if text.startswith("[{"):
+        return Sets(WeightedSet(**entry) for entry in json.loads(text))
+    path = local_path(text)
+    return path if path is not None and expanded(text) == [text] and path.suffix != ".tar" else text
+
+
+def mixture(sets: Sets, sources: Sources, *, batch_size: int, seed: int, lanes: int, window: int) -> Mixture:
+    """The order of several sets, mixed by weight.
+
+    Raises:
+        DataError: as `read_index`.
+    """
+    parts = [(entry.url, read_index(entry, sources)) for entry in sets]
+    weighted = [(index, entry.weight) for (_, index), entry in zip(parts, sets, strict=True)]
+    return Mixture(weighted, _joined(parts), batch_size=batch_size, seed=seed, lanes=lanes, window=window)
 
 
 def read_index(where: Path | str | WeightedSet | Sequence[WeightedSet], sources: Sources | None = None) -> Index:
@@ -130,7 +164,7 @@ def _selected(index: Index, names: Iterable[str], folder: str) -> Index:
 
 def _joined(sets: Sequence[tuple[str, Index]]) -> Index:
     try:
-        return Index.joined([(shown_folder, index) for shown_folder, index in sets])
+        return Index.joined(sets)
     except ValueError as error:
         raise DataError(str(error)) from error
 
