@@ -68,10 +68,10 @@ def evaluate(
         output = forward(micro.images)
         real = micro.weight > 0
         sums[0] += real.sum().cpu()
-        sums[1] += reconstruction_error(output, micro.images)[real].double().sum().cpu()
+        sums[1] += reconstruction_error(output)[real].double().sum().cpu()
         if micro.masks is not None:
             sums[2] += real.sum().cpu()
-            sums[3] += foreground_ari(micro.masks, output.masks)[real].sum().cpu()
+            sums[3] += foreground_ari(micro.masks, output.masks_at(*micro.masks.shape[-2:]))[real].sum().cpu()
         kept = output.keep.sum(dim=1).round().long()
         confusion += count_confusion(kept[real], micro.num_objects[real], num_slots, MOST_OBJECTS).cpu()
     everything = total(torch.cat([sums, confusion.flatten()]))

@@ -53,7 +53,7 @@ class PackagedModel(PythonModel):
         keep = output.keep > 0.5
         pixels = ((output.reconstruction.clamp(-1, 1) + 1) * 127.5).round().byte()
         return {
-            "masks": output.masks.numpy(),
+            "masks": output.masks_at(self.image_size, self.image_size).numpy(),
             "keep": keep.numpy(),
             "keep_probability": output.keep_probability.numpy(),
             "count": (keep.sum(dim=1) - self.background_slots).clamp(min=0).numpy(),

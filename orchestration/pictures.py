@@ -16,27 +16,36 @@ CELL = 1.1  # inches
 def scene_figure(images: NDArray[np.uint8], output: SlotOutput) -> Figure:
     """A row for each image: input, reconstruction, masks, and each slot's picture with kept slots framed.
 
+    Where features are reconstructed there is nothing to draw: the reconstruction is left out, and a slot shows its part
+    of the image.
+
     Args:
         images: uint8 [N, H, W, 3].
         output: of these images, on the CPU.
     """
     count, slots = output.keep.shape
-    columns = 3 + slots
+    drawn = output.pictures is not None and output.target.shape[1:] == (3, *images.shape[1:3])
+    titles = ["input", "drawn back", "masks"] if drawn else ["input", "masks"]
+    columns = len(titles) + slots
     figure = Figure(figsize=(columns * CELL, count * CELL + 0.3), layout="constrained", dpi=150)
     axes = figure.subplots(count, columns, squeeze=False)
-    masks, pictures = output.masks.numpy(), _pixels(output.pictures)  # [N, K, H, W], [N, K, H, W, 3]
+    masks = output.masks_at(*images.shape[1:3]).numpy()  # [N, K, H, W]
+    if drawn:
+        assert output.pictures is not None
+        pictures, reconstructions = _pixels(output.pictures), _pixels(output.reconstruction)  # [N, K, H, W, 3]
+    else:
+        pictures = np.repeat(images[:, None] / np.float32(255), slots, axis=1)
     for row, image in enumerate(images):
-        shown = [image, _pixels(output.reconstruction)[row], overlay(image, masks[row])]
+        shown = [image, *([reconstructions[row]] if drawn else []), overlay(image, masks[row])]
         # a slot's share of the scene: its picture where its mask is, white elsewhere
         shown += [pictures[row, k] * masks[row, k, ..., None] + 1 - masks[row, k, ..., None] for k in range(slots)]
         for column, (axis, picture) in enumerate(zip(axes[row], shown, strict=True)):
             axis.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-            if column >= 3:
-                _mark(axis, kept=bool(output.keep[row, column - 3] > 0.5), slot=column - 3)
-    for axis, title in zip(
-        axes[0], ["input", "drawn back", "masks", *(f"slot {k}" for k in range(slots))], strict=True
-    ):
+            slot = column - len(titles)
+            if slot >= 0:
+                _mark(axis, kept=bool(output.keep[row, slot] > 0.5), slot=slot)
+    for axis, title in zip(axes[0], [*titles, *(f"slot {k}" for k in range(slots))], strict=True):
         axis.set_title(title, fontsize=8)
     return figure
 

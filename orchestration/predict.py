@@ -50,7 +50,8 @@ def predict(paths: Iterable[Path], model: str, tracking: str, out: Path) -> list
         keep = output.keep[0] > 0.5
         objects = max(0, int(keep.sum()) - packaged.background_slots)
         prediction = Prediction(path, objects, out / f"{path.stem}.masks.png", out / f"{path.stem}.json")
-        imsave(prediction.overlay, np.repeat(np.repeat(overlay(image[0], output.masks[0].numpy()), 8, 0), 8, 1))
+        masks = output.masks_at(size, size)[0].numpy()  # [K, H, W]
+        imsave(prediction.overlay, np.repeat(np.repeat(overlay(image[0], masks), 8, 0), 8, 1))
         scene_figure(image, output).savefig(out / f"{path.stem}.slots.png")
         facts = {
             "image": path.name,

@@ -121,7 +121,7 @@ def train(
                 temperature=schedule.temperature,
                 stage=schedule.stage(step),
             )
-            reconstruction = reconstruction_error(output, micro.images)  # [m]
+            reconstruction = reconstruction_error(output)  # [m]
             penalty = keep_weight * output.keep.mean(dim=1)  # [m]
             share = micro.weight / size  # [m], of the global batch
             engine.backward(reconstruction + penalty + output.gate_term, share)
@@ -143,9 +143,9 @@ def train(
             hook(report)
 
 
-def reconstruction_error(output: SlotOutput, images: Tensor) -> Tensor:
-    """Mean squared error over an image's values. [m]"""
-    return (output.reconstruction - images).square().mean(dim=(1, 2, 3))
+def reconstruction_error(output: SlotOutput) -> Tensor:
+    """Mean squared error over the values of what is reconstructed: an image, or its features. [m]"""
+    return (output.reconstruction - output.target).square().mean(dim=(1, 2, 3))
 
 
 def curve_names(num_slots: int) -> list[str]:

@@ -1,23 +1,93 @@
-"""Decoders: each slot to a picture and a mask of its own."""
+"""What a decoder is; and the spatial broadcast decoder, which draws a picture and a mask of each slot."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slot_models.adaptive import masked_mixture
+from slot_models.checks import check_positive, check_shape
 from slot_models.encoders import glorot
-from slot_models.positions import coordinates
+from slot_models.positions import Size, coordinates, height_width
+from slot_models.precision import at_least_float
 
 MaskCell = Literal["pixel", "cell"]
 
 
-class SpatialBroadcastDecoder(nn.Module):
+class Decoded(NamedTuple):
+    """What a decoder makes of slots, float32 at least.
+
+    reconstruction: float [B, C, H, W], of an image, or of features on a grid of patches.
+    masks: float [B, K, H, W], each slot's share of each position; dropped slots have none.
+    pictures: float [B, K, C, H, W], what each slot draws; None where slots draw nothing of their own.
+    mask_logits: float [B, K, H, W], before the softmax over slots; None likewise.
+    """
+
+    reconstruction: Tensor
+    masks: Tensor
+    pictures: Tensor | None
+    mask_logits: Tensor | None
+
+
+class Decoder(nn.Module):
+    """Slots, and which of them are kept, to a reconstruction.
+
+    Args:
+        slot_dim: D, width of a slot.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+
+    def __init__(self, slot_dim: int) -> None:
+        super().__init__()
+        check_positive(slot_dim=slot_dim)
+        self.slot_dim = slot_dim
+
+    def forward(self, slots: Tensor, keep: Tensor, target: Tensor | None = None) -> Decoded:
+        """Decodes.
+
+        Args:
+            slots: float [B, K, D].
+            keep: float [B, K], 0 or 1; a dropped slot has no part in the reconstruction.
+            target: float [B, C, H, W], what is to be reconstructed, for decoders that go along it.
+
+        Raises:
+            ValueError: a shape does not fit, or a target is missing.
+        """
+        raise NotImplementedError
+
+    def check(self, slots: Tensor, keep: Tensor) -> None:
+        check_shape("slots", slots, ("B", "K", self.slot_dim))
+        check_shape("keep", keep, tuple(slots.shape[:2]))
+
+
+class MixtureDecoder(Decoder):
+    """Every slot draws a picture and mask logits on its own; the reconstruction mixes the pictures of the kept ones.
+
+    Mixture and softmax are in float32 at least, under autocast too.
+    """
+
+    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots [B, K, D] -> pictures [B, K, C, H, W], mask logits [B, K, H, W]."""
+        raise NotImplementedError
+
+    def forward(self, slots: Tensor, keep: Tensor, target: Tensor | None = None) -> Decoded:
+        """See Decoder; the target is not looked at."""
+        self.check(slots, keep)
+        pictures, mask_logits = map(at_least_float, self.decode(slots))
+        masks = masked_mixture(mask_logits, keep)  # [B, K, H, W]
+        reconstruction = (masks[:, :, None] * pictures).sum(dim=1)  # [B, C, H, W]; no einsum: autocast would round it
+        return Decoded(reconstruction, masks, pictures, mask_logits)
+
+
+class SpatialBroadcastDecoder(MixtureDecoder):
     """Broadcasts each slot over a grid, adds a position code and convolves (Watters et al. 2019).
 
     With ``patch = 1`` the grid is the image, as published for Tetrominoes and Multi-dSprites; with a larger patch the
-    last layer writes patch x patch pixels for each grid cell.
+    last layer writes patch x patch pixels for each grid cell. CLEVR's is UpsamplingBroadcastDecoder.
 
     The first layer sees a constant plus a position code, and convolution is linear: the position's part is shared by
     all slots, and the slot's part is constant but at the borders, so a canvas of kernel x kernel cells has every value
@@ -25,7 +95,7 @@ class SpatialBroadcastDecoder(nn.Module):
 
     Args:
         slot_dim: D.
-        grid: cells a side.
+        grid: cells a side, or (height, width).
         channels: width of the hidden layers.
         layers: number of hidden layers.
         kernel: odd size of their kernels, at most ``grid``.
@@ -35,13 +105,13 @@ class SpatialBroadcastDecoder(nn.Module):
             features have (DINOSAUR, Seitzer et al. 2023).
 
     Raises:
-        ValueError: a kernel is even or wider than the grid.
+        ValueError: a size is not positive, or a kernel is even or wider than the grid.
     """
 
     def __init__(
         self,
         slot_dim: int,
-        grid: int,
+        grid: Size,
         channels: int = 32,
         layers: int = 3,
         kernel: int = 5,
@@ -49,11 +119,15 @@ class SpatialBroadcastDecoder(nn.Module):
         patch: int = 1,
         mask: MaskCell = "pixel",
     ) -> None:
-        super().__init__()
+        super().__init__(slot_dim)
+        self.grid = height, width = height_width(grid)
+        check_positive(grid=min(self.grid), channels=channels, layers=layers, patch=patch)
         for name, size in {"kernel": kernel, "output_kernel": output_kernel}.items():
-            if size % 2 == 0 or size > grid:
-                raise ValueError(f"{name}: {size} is not an odd number up to the grid's {grid}")
-        self.grid, self.patch, self.mask, self.padding = grid, patch, mask, kernel // 2
+            if size % 2 == 0 or not 0 < size <= min(self.grid):
+                raise ValueError(f"{name}: {size} is not an odd number up to the grid's {min(self.grid)}")
+        if mask not in ("pixel", "cell"):
+            raise ValueError(f"mask: {mask!r} is neither 'pixel' nor 'cell'")
+        self.patch, self.mask, self.padding = patch, mask, kernel // 2
         self.position = nn.Linear(4, slot_dim)
         # The first layer's kernel is this module's own parameter: forward uses it twice, and ZeRO-3 gathers a
         # parameter for the module that owns it.
@@ -69,14 +143,12 @@ class SpatialBroadcastDecoder(nn.Module):
         nn.init.xavier_uniform_(self.first_weight)
 
         self.coordinates: Tensor
-        self.register_buffer("coordinates", coordinates(grid, grid), persistent=False)
+        self.register_buffer("coordinates", coordinates(height, width), persistent=False)
 
-    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> pictures [B, K, 3, H, W], mask logits [B, K, H, W]."""
-        batch = slots.shape[0]
-        hidden = self._first_layer(rearrange(slots, "b k d -> (b k) d")).relu()  # [BK, C, G, G]
-        hidden = self.hidden(hidden)
-        cells = rearrange(self.output(hidden), "(b k) c h w -> b k c h w", b=batch)
+        hidden = self._first_layer(slots.flatten(0, 1)).relu()  # [BK, C, G, G]
+        cells = self.output(self.hidden(hidden)).unflatten(0, (-1, slots.shape[1]))  # [B, K, outputs, G, G]
         colours = 3 * self.patch**2
         pictures = functional.pixel_shuffle(cells[:, :, :colours], self.patch)  # [B, K, 3, H, W]
         if self.mask == "cell":
@@ -97,6 +169,6 @@ class SpatialBroadcastDecoder(nn.Module):
         """Repeats the middle of a canvas until it is as long as the grid; its borders stay."""
         border = self.padding
         sizes = [-1] * small.dim()
-        sizes[dim] = self.grid - 2 * border
+        sizes[dim] = self.grid[dim - 2] - 2 * border
         middle = small.narrow(dim, border, 1).expand(sizes)
         return torch.cat([small.narrow(dim, 0, border), middle, small.narrow(dim, border + 1, border)], dim=dim)

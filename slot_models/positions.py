@@ -1,7 +1,17 @@
-"""Position codes of a grid."""
+"""Sizes and position codes of a grid."""
 
 import torch
 from torch import Tensor
+
+Size = int | tuple[int, int]
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """A number is the side of a square."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
 
 
 def coordinates(height: int, width: int) -> Tensor:

@@ -1,20 +1,44 @@
-"""The published Tetrominoes model and the demo recipe's: what must hold from image to reconstruction."""
+"""The published Tetrominoes model, the demo recipe's and models of features: from image to reconstruction."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from einops import einsum
 from slot_oracles import distance, randomise
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from slot_models import SlotAutoencoder, SlotOutput, Stage, build_autoencoder
+from slot_models.adaptive import SlotGate, Stage
+from slot_models.attention import SlotAttention
+from slot_models.autoencoder import SlotAutoencoder, SlotOutput, build_autoencoder
+from slot_models.decoders import Decoded
+from slot_models.encoders import FeatureEncoder
+from slot_models.patch_decoders import MLPPatchDecoder
+from slot_models.transformer_decoder import TransformerDecoder
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-DEMO = yaml.safe_load((RECIPES / "demo.yaml").read_text())["model"]
+DEMO = {  # the model of recipes/demo.yaml
+    "image_size": 21,
+    "num_slots": 5,
+    "slot_dim": 32,
+    "iterations": 5,
+    "initial": "per_slot",
+    "initial_sigma": 0.135,
+    "gradient": "bilevel",
+    "adaptive": True,
+    "keep_bias": 1.0,
+    "gate_exploration": 0.05,
+    "gate_gradient": "difference",
+    "encoder_kernel": 3,
+    "encoder_strides": (3, 1, 1),
+    "decoder_channels": 64,
+    "decoder_layers": 2,
+    "decoder_kernel": 3,
+    "decoder_output_kernel": 1,
+    "decoder_patch": 3,
+    "decoder_mask": "cell",
+}
 PUBLISHED = {"image_size": 35, "num_slots": 4, "adaptive": False}
 MODELS = {"tetrominoes": PUBLISHED, "tetrominoes with a gate": PUBLISHED | {"adaptive": True}, "demo": DEMO}
 SMALL = {"image_size": 9, "num_slots": 5, "slot_dim": 8, "hidden_dim": 8, "encoder_strides": (3, 1)}
@@ -46,7 +70,8 @@ def noises(sizes: dict[str, Any], batch: int, seed: int = 2) -> tuple[Tensor, Te
 
 
 def loss_of(output: SlotOutput, images: Tensor, keep_weight: float) -> Tensor:
-    error = (output.reconstruction - images).square().mean()
+    assert images.shape[2:] != output.target.shape[2:] or output.target is images
+    error = (output.reconstruction - output.target).square().mean()
     return error + keep_weight * output.keep.mean() + output.gate_term.mean()
 
 
@@ -101,6 +126,7 @@ def test_an_output_has_the_documented_shapes_and_values(sizes: dict[str, Any]) -
         "masks": (batch, num_slots, size, size),
         "pictures": (batch, num_slots, 3, size, size),
         "reconstruction": (batch, 3, size, size),
+        "target": (batch, 3, size, size),
         "gate_term": (batch,),
     }
     assert (output.gate_term == 0).all()
@@ -127,7 +153,7 @@ def half_dropped(seed: int, **options: Any) -> tuple[SlotAutoencoder, tuple[Tens
 def test_a_reconstruction_mixes_the_pictures_of_the_kept_slots_alone(seed: int) -> None:
     model, arguments = half_dropped(seed)
     output = model(*arguments)
-    _, mask_logits = model.decoder(output.slots)
+    _, mask_logits = model.decoder.decode(output.slots)
     for image in range(6):
         kept = output.keep[image] > 0.5
         weights = mask_logits[image, kept].softmax(dim=0)
@@ -138,17 +164,21 @@ def test_a_reconstruction_mixes_the_pictures_of_the_kept_slots_alone(seed: int) 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_a_dropped_slot_paints_has_no_effect_on_the_reconstruction(seed: int) -> None:
+def test_what_a_dropped_slot_paints_has_no_effect_on_the_reconstruction(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, arguments = half_dropped(seed)
     before = model(*arguments)
     dropped = before.keep < 0.5
 
-    def repaint(module: Any, inputs: Any, decoded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        pictures, mask_logits = decoded
+    decode = model.decoder.decode
+
+    def repaint(slots: Tensor) -> tuple[Tensor, Tensor]:
+        pictures, mask_logits = decode(slots)
         return pictures + 1e3 * dropped[:, :, None, None, None], mask_logits
 
-    with model.decoder.register_forward_hook(repaint):
-        after = model(*arguments)
+    monkeypatch.setattr(model.decoder, "decode", repaint)
+    after = model(*arguments)
     assert not torch.equal(after.pictures, before.pictures)
     assert torch.equal(after.reconstruction, before.reconstruction)
 
@@ -174,7 +204,7 @@ def test_the_gate_learns_from_the_slope_of_the_error_or_from_the_difference_a_de
 
         # The straight-through gradient, with what stands for d error / d keep worked out apart.
         keep = model.gate(output.slots.detach(), gate_noise, 0.7).keep
-        error = partial(error_of, images, *(part.detach() for part in model.decoder(output.slots)))
+        error = partial(error_of, images, *(part.detach() for part in model.decoder.decode(output.slots)))
         if gate_gradient == "slope":
             effect = torch.autograd.functional.jacobian(lambda kept, error=error: error(kept).sum(), keep.detach())
         else:
@@ -239,6 +269,13 @@ def test_the_published_tetrominoes_model_has_the_parameters_of_its_tables() -> N
     assert count(gated) == count(published) + gate
 
 
+def test_a_model_that_diverges_shows_in_its_loss() -> None:
+    model, images = build(SMALL), blocks(2, 9)
+    with torch.no_grad():
+        model.encoder.mlp[2].bias[0] = torch.inf
+    assert not loss_of(model(images, *noises(SMALL, 2)), images, 0.0).isfinite()
+
+
 @each_model
 def test_a_few_optimiser_steps_reduce_the_loss(sizes: dict[str, Any]) -> None:
     model, images = build(sizes), blocks(2, sizes["image_size"])
@@ -268,3 +305,154 @@ def test_a_few_optimiser_steps_reduce_the_loss(sizes: dict[str, Any]) -> None:
 def test_sizes_that_do_not_fit_each_other_are_named(name: str, sizes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):
         build(SMALL | sizes)
+
+
+class Patches(nn.Module):
+    """Stands for a vision transformer: each 3 x 3 pixels of an image of 9 x 12 to six features."""
+
+    dim, grid = 6, (3, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, self.dim, 3, 3).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.embed(images).flatten(2).transpose(1, 2)  # [B, N, F]
+
+
+FEATURE_DECODERS = {
+    "mlp": lambda: MLPPatchDecoder(8, 6, Patches.grid, 16),
+    "transformer": lambda: TransformerDecoder(8, 6, Patches.grid, 8, 2, 2),
+}
+
+
+def of_features(kind: str, gate: bool = True, **options: Any) -> SlotAutoencoder:
+    torch.manual_seed(0)
+    attention = SlotAttention(4, 8, hidden_dim=8, input_dim=10)
+    decoder = FEATURE_DECODERS[kind]()
+    model = SlotAutoencoder(
+        FeatureEncoder(6, 10), attention, SlotGate(8) if gate else None, decoder, backbone=Patches(), **options
+    )
+    return model.double()
+
+
+def scene(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    slot_noise, gate_noise = noises({"num_slots": 4, "slot_dim": 8}, batch)
+    images = torch.randn(batch, 3, 9, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return images, slot_noise.double(), gate_noise.double()
+
+
+@pytest.mark.parametrize("kind", FEATURE_DECODERS)
+def test_with_a_backbone_its_features_are_encoded_and_reconstructed(kind: str) -> None:
+    model, (images, slot_noise, gate_noise) = of_features(kind), scene(3)
+    output = model(images, slot_noise, gate_noise)
+    features = functional.conv2d(images, model.backbone.embed.weight, model.backbone.embed.bias, stride=3)
+    assert torch.equal(output.target, features) and not output.target.requires_grad
+    assert output.reconstruction.shape == (3, 6, 3, 4) and output.masks.shape == (3, 4, 3, 4)
+    assert (output.pictures is None) == (kind == "transformer")
+
+    inputs = model.encoder(features.flatten(2).transpose(1, 2))
+    slots = model.slot_attention(inputs, noise=slot_noise)
+    keep = model.gate(slots, gate_noise).keep
+    assert 0 < keep.mean() < 1
+    decoded: Decoded = model.decoder(slots, keep, features)
+    assert torch.equal(output.slots, slots) and torch.equal(output.keep, keep)
+    assert torch.equal(output.reconstruction, decoded.reconstruction) and torch.equal(output.masks, decoded.masks)
+
+
+@pytest.mark.parametrize("kind", FEATURE_DECODERS)
+@pytest.mark.parametrize("gate_gradient", ["slope", "difference"])
+def test_every_parameter_but_the_backbones_learns_from_features(kind: str, gate_gradient: Any) -> None:
+    if (kind, gate_gradient) == ("transformer", "difference"):
+        with pytest.raises(ValueError, match=r"^gate_gradient: 'difference' needs .* TransformerDecoder draws none"):
+            of_features(kind, gate_gradient=gate_gradient)
+        return
+    model, arguments = of_features(kind, gate_gradient=gate_gradient), scene(3)
+    loss_of(model(*arguments), arguments[0], 0.1).backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("backbone."):
+            assert parameter.grad is None, name
+        elif name != "slot_attention.norm_slots.bias":  # shared by all slots, so their softmax does not see it
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_the_difference_of_a_decision_is_measured_in_the_features() -> None:
+    model, (images, slot_noise, gate_noise) = of_features("mlp", gate_gradient="difference"), scene(3)
+    output = model(images, slot_noise, gate_noise)
+    (found,) = torch.autograd.grad(output.gate_term.sum(), model.gate.logits.bias)
+    pictures, mask_logits = (part.detach() for part in model.decoder.decode(output.slots))
+    keep = model.gate(output.slots.detach(), gate_noise).keep
+    columns = [[keep.detach().index_fill(1, torch.tensor(k), value) for value in (1, 0)] for k in range(4)]
+    effect = torch.stack(
+        [
+            error_of(output.target, pictures, mask_logits, kept)
+            - error_of(output.target, pictures, mask_logits, dropped)
+            for kept, dropped in columns
+        ],
+        dim=1,
+    )
+    (expected,) = torch.autograd.grad((effect * keep).sum(), model.gate.logits.bias)
+    assert distance(found, expected) <= 1e-8 and expected.abs().max() > 0
+
+
+def test_masks_of_patches_are_resized_to_the_image() -> None:
+    model, arguments = of_features("mlp"), scene(2)
+    with torch.no_grad():
+        output = model(*arguments)
+    assert output.masks_at(3, 4) is output.masks
+    large = output.masks_at(9, 12)
+    assert large.shape == (2, 4, 9, 12) and distance(large.sum(dim=1), torch.ones(2, 9, 12)) <= 1e-4
+    # the centre pixel of a patch has the patch's value; half way between two centres would be their mean
+    assert distance(large[:, :, 1::3, 1::3], output.masks) <= 1e-12
+    thirds = (2 * output.masks[..., :-1] + output.masks[..., 1:]) / 3
+    assert distance(large[:, :, 1::3, 2:-1:3], thirds) <= 1e-12
+
+
+def traced(kind: str) -> tuple[SlotAutoencoder, list[tuple[Tensor, ...]]]:
+    """A model, and inputs of two batch sizes."""
+    if kind in FEATURE_DECODERS:
+        return of_features(kind), [scene(batch) for batch in (2, 5)]
+    model = build(SMALL | {"gate_gradient": kind, "iterations": 1}).double()
+    return model, [(blocks(n, 9).double(), *(noise.double() for noise in noises(SMALL, n))) for n in (2, 5)]
+
+
+def test_the_whole_model_compiles_to_one_graph() -> None:
+    model, (inputs, _) = traced("difference")
+    torch.compiler.reset()
+    found = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        output = forward(*inputs)
+        model.zero_grad()
+        loss_of(output, inputs[0], 0.1).backward()
+        found.append([part.detach() for part in output] + [parameter.grad.clone() for parameter in model.parameters()])
+    largest = max(float(part.abs().max()) for part in found[0])
+    for plain, compiled in zip(*found, strict=True):
+        assert (compiled - plain).abs().max() <= 1e-10 * largest
+
+
+@pytest.mark.parametrize("kind", ["slope", "mlp"])
+def test_the_whole_model_is_exported_for_any_batch(kind: str) -> None:
+    model, (inputs, more) = traced(kind)
+    batch = torch.export.Dim("batch")
+    shapes = {key: {0: batch} for key in ("images", "slot_noise", "gate_noise")}
+    exported = torch.export.export(model, inputs, dynamic_shapes=shapes).module()
+    for mine, theirs in zip(exported(*more), model(*more), strict=True):
+        assert distance(mine, theirs) <= 1e-10
+
+
+@pytest.mark.parametrize("kind", ["demo", *FEATURE_DECODERS])
+def test_in_bf16_a_model_stays_finite_and_its_reconstruction_in_fp32(kind: str) -> None:
+    if kind == "demo":
+        model, arguments = build(DEMO), (blocks(2, 21), *noises(DEMO, 2))
+    else:
+        model, arguments = of_features(kind).float(), tuple(part.float() for part in scene(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(*arguments, stage="open")
+        loss = (output.reconstruction - output.target).square().mean()
+    assert output.reconstruction.dtype == output.target.dtype == output.masks.dtype == torch.float32
+    loss.backward()
+    whole = model(*arguments, stage="open")
+    assert distance(output.reconstruction, whole.reconstruction) <= 3e-2
+    assert (output.masks.sum(dim=1) - 1).abs().max() <= 1e-4
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()

@@ -1,39 +1,220 @@
-"""The decoder against the plain one that broadcasts every slot over the grid and convolves it."""
+"""What every decoder promises; and the spatial broadcast decoder against the plain one that convolves every slot."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slot_oracles import distance, gradient_distance, gradients, randomise
 from torch import Tensor
 from torch.nn import functional
 
-from slot_models import SpatialBroadcastDecoder
+from slot_models.decoders import Decoded, Decoder, MixtureDecoder, SpatialBroadcastDecoder
+from slot_models.patch_decoders import MLPPatchDecoder
+from slot_models.transformer_decoder import TransformerDecoder
+from slot_models.upsampling_decoder import UpsamplingBroadcastDecoder
 
-# grid, kernel, output_kernel, layers, patch, channels, slot_dim
+# slot_dim, (height, width) of the reconstruction -> a decoder
+DECODERS: dict[str, Callable[[int, tuple[int, int]], Decoder]] = {
+    "spatial": lambda dim, size: SpatialBroadcastDecoder(dim, size, 4, 2, 3),
+    "upsampling": lambda dim, size: UpsamplingBroadcastDecoder(dim, (4 * size[0], 4 * size[1]), 4, (2, 2, 1), 3, 3),
+    "mlp": lambda dim, size: MLPPatchDecoder(dim, 3, size, 8),
+    "transformer": lambda dim, size: TransformerDecoder(dim, 3, size, 8, 2, 2),
+}
+each_decoder = pytest.mark.parametrize("kind", DECODERS)
+
+
+def normal(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def build(kind: str, slot_dim: int = 5, size: tuple[int, int] = (3, 4)) -> Decoder:
+    torch.manual_seed(0)
+    decoder = DECODERS[kind](slot_dim, size).double()
+    randomise(decoder)
+    return decoder
+
+
+def target_of(decoder: Decoder, batch: int, seed: int = 5) -> Tensor:
+    scale = 4 if isinstance(decoder, UpsamplingBroadcastDecoder) else 1
+    height, width = decoder.grid  # type: ignore[misc]
+    return normal(batch, 3, int(height) * scale, int(width) * scale, seed=seed)
+
+
+def some_kept(batch: int, num_slots: int, seed: int) -> Tensor:
+    """0 or 1, at least one slot of each image kept. [B, K]"""
+    keep = (normal(batch, num_slots, seed=seed) > 0).double()
+    return torch.where(keep.sum(dim=1, keepdim=True) > 0, keep, torch.ones_like(keep))
+
+
+def slack(decoder: Decoder, slots: Tensor, keep: Tensor) -> Tensor:
+    """How far the published epsilon may pull a mixture to zero: 1e-5 over the kept slots' share. [B, 1, H, W]"""
+    if not isinstance(decoder, MixtureDecoder):
+        return torch.zeros(len(slots), 1, 1, 1)
+    share = (decoder.decode(slots)[1].softmax(dim=1) * keep[:, :, None, None]).sum(dim=1, keepdim=True)
+    return 1e-5 / share
+
+
+sizes = {
+    "batch": st.integers(1, 3),
+    "num_slots": st.integers(1, 5),
+    "slot_dim": st.integers(1, 6),
+    "height": st.integers(3, 5),
+    "width": st.integers(3, 5),
+    "seed": st.integers(0, 1000),
+}
+
+
+@each_decoder
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(**sizes)
+def test_only_the_kept_slots_have_a_part(
+    kind: str, batch: int, num_slots: int, slot_dim: int, height: int, width: int, seed: int
+) -> None:
+    decoder = build(kind, slot_dim, (height, width))
+    slots, keep = normal(batch, num_slots, slot_dim, seed=seed), some_kept(batch, num_slots, seed)
+    target = target_of(decoder, batch)
+    with torch.no_grad():
+        decoded: Decoded = decoder(slots, keep, target)
+        assert decoded.reconstruction.shape == target.shape
+        assert decoded.masks.shape == (batch, num_slots, *target.shape[-2:])
+        dropped = keep < 0.5
+        assert (decoded.masks[dropped] == 0).all() and (decoded.masks >= 0).all()
+        lost = slack(decoder, slots, keep)
+        assert ((decoded.masks.sum(dim=1, keepdim=True) - 1).abs() <= lost + 1e-12).all()
+
+        # other content in the dropped slots
+        changed = torch.where(dropped[..., None], 3 * normal(*slots.shape, seed=seed + 1), slots)
+        again = decoder(changed, keep, target).reconstruction
+        lost = lost + slack(decoder, changed, keep)
+        if kind == "transformer":
+            assert torch.equal(again, decoded.reconstruction)
+        assert ((again - decoded.reconstruction).abs() <= lost * decoded.reconstruction.abs() * 1.1).all()
+
+        # the kept slots on their own
+        for row in range(batch):
+            kept = slots[row, ~dropped[row]][None]
+            every = torch.ones(kept.shape[:2], dtype=torch.float64)
+            alone = decoder(kept, every, target[row : row + 1]).reconstruction[0]
+            bound = 1.1 * (lost[row] + slack(decoder, kept, every)[0]) * alone.abs() + 1e-12
+            assert ((alone - decoded.reconstruction[row]).abs() <= bound).all()
+
+
+@each_decoder
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(**sizes)
+def test_the_order_of_slots_is_the_order_of_masks_and_changes_nothing_else(
+    kind: str, batch: int, num_slots: int, slot_dim: int, height: int, width: int, seed: int
+) -> None:
+    decoder = build(kind, slot_dim, (height, width))
+    slots, keep = normal(batch, num_slots, slot_dim, seed=seed), some_kept(batch, num_slots, seed)
+    target, order = target_of(decoder, batch), torch.randperm(num_slots, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        first, second = decoder(slots, keep, target), decoder(slots[:, order], keep[:, order], target)
+    assert distance(second.reconstruction, first.reconstruction) <= 1e-10
+    assert distance(second.masks, first.masks[:, order]) <= 1e-10
+    for mine, theirs in ((second.pictures, first.pictures), (second.mask_logits, first.mask_logits)):
+        assert (mine is None) == (theirs is None) == (kind == "transformer")
+        if mine is not None and theirs is not None:
+            assert distance(mine, theirs[:, order]) <= 1e-10
+
+
+@each_decoder
+def test_gradients_are_those_of_finite_differences(kind: str) -> None:
+    decoder = build(kind, 3, (3, 3))
+    slots, target = normal(1, 3, 3).requires_grad_(), target_of(decoder, 1).requires_grad_()
+    keep = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+
+    def decode(slots: Tensor, keep: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        decoded = decoder(slots, keep, target)
+        return tuple(part for part in decoded if part is not None)
+
+    assert torch.autograd.gradcheck(decode, (slots, keep, target), fast_mode=True)
+    (slope,) = torch.autograd.grad(decoder(slots, keep, target).reconstruction.square().sum(), keep)
+    assert (slope != 0).all()  # the gate learns of dropped slots too
+
+
+@each_decoder
+def test_every_parameter_gets_a_gradient(kind: str) -> None:
+    decoder = DECODERS[kind](5, (3, 4))
+    slots, keep = normal(2, 4, 5).float(), torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 1]])
+    target = target_of(decoder, 2).float()
+    (decoder(slots, keep, target).reconstruction - target).square().mean().backward()
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@each_decoder
+def test_a_graph_is_exported_for_any_batch(kind: str) -> None:
+    decoder = build(kind)
+    arguments = (normal(2, 3, 5), some_kept(2, 3, 0), target_of(decoder, 2))
+    batch = torch.export.Dim("batch")
+    shapes = {"slots": {0: batch}, "keep": {0: batch}, "target": {0: batch}}
+    exported = torch.export.export(decoder, arguments, dynamic_shapes=shapes).module()
+    more = (normal(5, 3, 5), some_kept(5, 3, 0), target_of(decoder, 5))
+    for mine, theirs in zip(exported(*more), decoder(*more), strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or distance(mine, theirs) <= 1e-12
+
+
+WIDE: dict[str, Callable[[], Decoder]] = {
+    "spatial": lambda: SpatialBroadcastDecoder(64, 12),
+    "upsampling": lambda: UpsamplingBroadcastDecoder(64, 16, strides=(2, 2, 1)),
+    "mlp": lambda: MLPPatchDecoder(64, 48, 6, 512),
+    "transformer": lambda: TransformerDecoder(64, 48, 6, 96),
+}
+
+
+@each_decoder
+def test_in_bf16_mixture_and_softmax_stay_in_fp32(kind: str) -> None:
+    torch.manual_seed(0)
+    decoder = WIDE[kind]()
+    slots, keep = normal(2, 5, 64).float(), some_kept(2, 5, 0).float()
+    with torch.no_grad():
+        target = normal(2, 48, 6, 6).float() if kind == "transformer" else None
+        whole = decoder(slots, keep, target)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = decoder(slots, keep, target)
+    assert all(part is None or (part.dtype == torch.float32 and part.isfinite().all()) for part in rounded)
+    assert 0 < distance(rounded.reconstruction, whole.reconstruction) <= 1e-2
+    assert 0 < distance(rounded.masks, whole.masks) <= 1e-2
+    assert (rounded.masks.sum(dim=1) - 1).abs().max() <= 1e-4  # half precision is off by 4e-3
+
+
+@each_decoder
+@pytest.mark.parametrize(
+    ("name", "slots", "keep"),
+    [("slots", (2, 3, 4), (2, 3)), ("slots", (3, 5), (3,)), ("keep", (2, 3, 5), (2, 4)), ("keep", (2, 3, 5), (3, 3))],
+)
+def test_what_does_not_fit_is_named(kind: str, name: str, slots: tuple[int, ...], keep: tuple[int, ...]) -> None:
+    decoder = DECODERS[kind](5, (3, 4))
+    with pytest.raises(ValueError, match=rf"^{name}: shape \("):
+        decoder(torch.zeros(slots), torch.zeros(keep), target_of(decoder, 2).float())
+
+
+# The spatial broadcast decoder. (height, width), kernel, output_kernel, layers, patch, channels, slot_dim
 SIZES = [
-    (1, 1, 1, 1, 1, 2, 3),
-    (3, 3, 1, 2, 4, 4, 5),
-    (5, 5, 3, 1, 1, 3, 4),
-    (6, 5, 3, 3, 2, 6, 4),
-    (7, 3, 1, 2, 3, 8, 8),
-    (7, 7, 5, 2, 1, 3, 6),
-    (8, 1, 3, 2, 2, 4, 4),
-    (9, 5, 5, 2, 3, 5, 7),
-    (12, 7, 1, 2, 1, 4, 4),
+    ((1, 1), 1, 1, 1, 1, 2, 3),
+    ((3, 3), 3, 1, 2, 4, 4, 5),
+    ((5, 5), 5, 3, 1, 1, 3, 4),
+    ((5, 8), 5, 3, 2, 2, 3, 4),
+    ((6, 6), 5, 3, 3, 2, 6, 4),
+    ((7, 7), 3, 1, 2, 3, 8, 8),
+    ((7, 7), 7, 5, 2, 1, 3, 6),
+    ((8, 8), 1, 3, 2, 2, 4, 4),
+    ((9, 9), 5, 5, 2, 3, 5, 7),
+    ((12, 7), 7, 1, 2, 1, 4, 4),
 ]
 
 
-def build(sizes: tuple[int, ...], mask: Any = "pixel") -> SpatialBroadcastDecoder:
+def spatial(sizes: tuple[Any, ...], mask: Any = "pixel") -> SpatialBroadcastDecoder:
     grid, kernel, output_kernel, layers, patch, channels, slot_dim = sizes
     torch.manual_seed(0)
     decoder = SpatialBroadcastDecoder(slot_dim, grid, channels, layers, kernel, output_kernel, patch, mask).double()
     randomise(decoder)
     return decoder
-
-
-def normal(*shape: int, seed: int = 2) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def plain(weights: dict[str, Tensor], ramp: Tensor, slots: Tensor, patch: int, mask: str) -> tuple[Tensor, Tensor]:
@@ -46,11 +227,11 @@ def plain(weights: dict[str, Tensor], ramp: Tensor, slots: Tensor, patch: int, m
         layer += 2
     images = []
     for slot in slots.flatten(0, 1):
-        hidden = (slot + code).permute(2, 0, 1)  # [D, G, G]
+        hidden = (slot + code).permute(2, 0, 1)  # [D, h, w]
         for weight, bias in kernels:
             hidden = functional.conv2d(hidden[None], weight, bias, padding="same")[0].clamp(min=0)
         cells = functional.conv2d(hidden[None], weights["output.weight"], weights["output.bias"], padding="same")[0]
-        image = torch.empty(4, len(ramp) * patch, len(ramp) * patch, dtype=slots.dtype)
+        image = torch.empty(4, ramp.shape[0] * patch, ramp.shape[1] * patch, dtype=slots.dtype)
         for down in range(patch):
             for right in range(patch):  # channel c p^2 + down p + right is pixel (down, right) of each cell
                 colours = cells[: 3 * patch**2]
@@ -63,10 +244,10 @@ def plain(weights: dict[str, Tensor], ramp: Tensor, slots: Tensor, patch: int, m
 
 @pytest.mark.parametrize("mask", ["pixel", "cell"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_the_factorised_decoder_equals_the_plain_one(sizes: tuple[int, ...], mask: str) -> None:
-    decoder, slots = build(sizes, mask), normal(2, 3, sizes[-1]).requires_grad_()
+def test_the_factorised_decoder_equals_the_plain_one(sizes: tuple[Any, ...], mask: str) -> None:
+    decoder, slots = spatial(sizes, mask), normal(2, 3, sizes[-1]).requires_grad_()
     weights = dict(decoder.named_parameters())
-    ours, expected = decoder(slots), plain(weights, decoder.coordinates, slots, sizes[4], mask)
+    ours, expected = decoder.decode(slots), plain(weights, decoder.coordinates, slots, sizes[4], mask)
     for mine, theirs in zip(ours, expected, strict=True):
         assert distance(mine, theirs) <= 1e-12
 
@@ -81,17 +262,14 @@ def test_the_factorised_decoder_equals_the_plain_one(sizes: tuple[int, ...], mas
 
 
 @pytest.mark.parametrize("mask", ["pixel", "cell"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_pictures_and_mask_logits_have_the_size_of_the_image(sizes: tuple[int, ...], mask: str) -> None:
-    pictures, mask_logits = build(sizes, mask)(normal(2, 5, sizes[-1]))
-    side = sizes[0] * sizes[4]
-    assert pictures.shape == (2, 5, 3, side, side) and mask_logits.shape == (2, 5, side, side)
-
-
-def test_each_slot_is_decoded_on_its_own() -> None:
-    decoder, slots = build((7, 3, 1, 2, 3, 8, 8)), normal(2, 4, 8)
-    for whole, flat in zip(decoder(slots), decoder(slots.reshape(8, 1, 8)), strict=True):
-        assert distance(flat.reshape(whole.shape), whole) <= 1e-12
+def test_the_reconstruction_mixes_the_pictures_by_the_published_formula(mask: str) -> None:
+    decoder, slots, keep = spatial(SIZES[3], mask), normal(2, 4, 4), torch.tensor([[1.0, 0, 1, 1], [0, 1, 0, 0]])
+    decoded = decoder(slots, keep.double())
+    pictures, logits = plain(dict(decoder.named_parameters()), decoder.coordinates, slots, 2, mask)
+    alpha = logits.exp() / logits.exp().sum(dim=1, keepdim=True) * keep[:, :, None, None]
+    alpha = alpha / (alpha.sum(dim=1, keepdim=True) + 1e-5)
+    assert distance(decoded.masks, alpha) <= 1e-10
+    assert distance(decoded.reconstruction, sum(alpha[:, k, None] * pictures[:, k] for k in range(4))) <= 1e-10
 
 
 def test_the_published_tetrominoes_decoder() -> None:
@@ -108,8 +286,8 @@ def test_the_published_tetrominoes_decoder() -> None:
         "output.weight": (4, 32, 3, 3),
         "output.bias": (4,),
     }
-    pictures, mask_logits = decoder(torch.randn(1, 4, 64))
-    assert pictures.shape == (1, 4, 3, 35, 35) and mask_logits.shape == (1, 4, 35, 35)
+    decoded = decoder(torch.randn(1, 4, 64), torch.ones(1, 4))
+    assert decoded.pictures.shape == (1, 4, 3, 35, 35) and decoded.mask_logits.shape == (1, 4, 35, 35)
 
 
 def test_fresh_kernels_are_glorot_uniform_and_fresh_biases_zero() -> None:
@@ -123,9 +301,22 @@ def test_fresh_kernels_are_glorot_uniform_and_fresh_biases_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("kernel", {"kernel": 4}), ("kernel", {"kernel": 9}), ("output_kernel", {"output_kernel": 2, "kernel": 3})],
+    "options",
+    [
+        {"kernel": 4},
+        {"kernel": 9},
+        {"kernel": -1},
+        {"kernel": 3, "output_kernel": 2},
+        {"layers": 0},
+        {"channels": 0},
+        {"patch": 0},
+        {"mask": "image"},
+        {"slot_dim": 0},
+        {"grid": 0},
+    ],
+    ids=str,
 )
-def test_a_kernel_that_does_not_fit_is_named(name: str, options: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: {options[name]} "):
-        SpatialBroadcastDecoder(8, 7, **options)
+def test_a_size_that_does_not_fit_is_named(options: Any) -> None:
+    name, value = list(options.items())[-1]
+    with pytest.raises(ValueError, match=f"^{name}: {value!r} "):
+        SpatialBroadcastDecoder(**{"slot_dim": 8, "grid": 7} | options)

@@ -1,0 +1,76 @@
+"""The spatial broadcast decoder that starts from a small grid and grows, as published for CLEVR."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from slot_models.checks import check_positive
+from slot_models.decoders import MixtureDecoder
+from slot_models.encoders import glorot
+from slot_models.positions import Size, coordinates, height_width
+from slot_models.same_padding import SameConvTranspose2d
+
+
+class UpsamplingBroadcastDecoder(MixtureDecoder):
+    """Broadcasts each slot over a small grid, adds a position code, and upsamples (Locatello et al. 2020, table 5).
+
+    The defaults are CLEVR's: 8 x 8 cells, four transposed convolutions that double them, one that does not, and a last
+    one to colours and mask logit; all with TensorFlow's SAME padding.
+
+    Args:
+        slot_dim: D.
+        image_size: pixels a side, or (height, width), of the reconstruction.
+        channels: width of the hidden layers.
+        strides: one for each hidden layer; their product divides the image's sides, and what is left is the grid.
+        kernel: odd size of the hidden layers' kernels, no less than a stride.
+        output_kernel: odd size of the last layer's kernel.
+
+    Raises:
+        ValueError: a size is not positive or does not fit.
+    """
+
+    def __init__(
+        self,
+        slot_dim: int,
+        image_size: Size = 128,
+        channels: int = 64,
+        strides: Sequence[int] = (2, 2, 2, 2, 1),
+        kernel: int = 5,
+        output_kernel: int = 3,
+    ) -> None:
+        super().__init__(slot_dim)
+        height, width = height_width(image_size)
+        check_positive(image_size=min(height, width), channels=channels)
+        if not strides:
+            raise ValueError("strides: there are none; give one for each hidden layer")
+        for stride in strides:
+            check_positive(strides=stride)
+        for name, size in {"kernel": kernel, "output_kernel": output_kernel}.items():
+            if size % 2 == 0 or size < 1:
+                raise ValueError(f"{name}: {size} is not an odd positive number")
+        factor = math.prod(strides)
+        for size in (height, width):
+            if size % factor:
+                raise ValueError(f"strides: their product {factor} does not divide the image's {size} pixels")
+        self.grid = (height // factor, width // factor)
+        self.position = nn.Linear(4, slot_dim)
+        layers: list[nn.Module] = []
+        inputs = slot_dim
+        for stride in strides:
+            layers += [SameConvTranspose2d(inputs, channels, kernel, stride), nn.ReLU()]
+            inputs = channels
+        self.layers = nn.Sequential(*layers, SameConvTranspose2d(channels, 4, output_kernel))
+        glorot(self)
+        self.coordinates: Tensor
+        self.register_buffer("coordinates", coordinates(*self.grid), persistent=False)
+
+    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots [B, K, D] -> pictures [B, K, 3, H, W], mask logits [B, K, H, W]."""
+        position = rearrange(self.position(self.coordinates), "h w d -> d h w")
+        canvas = slots.flatten(0, 1)[:, :, None, None] + position  # [BK, D, h, w]
+        pixels = self.layers(canvas.contiguous(memory_format=torch.channels_last))  # [BK, 4, H, W]
+        pixels = pixels.unflatten(0, (-1, slots.shape[1]))
+        return pixels[:, :, :3], pixels[:, :, 3]
