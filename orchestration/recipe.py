@@ -89,7 +89,7 @@ class CacheSection(Section):
 
 def _sets(value: Any) -> Any:
     """A single address is one set."""
-    return ({"url": value},) if isinstance(value, str) else value
+    return ({"url": value},) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 Sets = Annotated[tuple[SetSection, ...], BeforeValidator(_sets), Field(min_length=1)]

@@ -35,6 +35,13 @@ logger = logging.getLogger(__name__)
 Ledger = Callable[[int, int, int, int, int], None]
 """Called with (step, rank, place, sample, replaced): `replaced` is the bad sample whose place it fills, or -1."""
 
+_NOISE = {
+    "slots": (normal, Purpose.SLOTS),
+    "gate": (gumbel, Purpose.GATE),
+    "inputs": (normal, Purpose.INPUTS),
+}
+"""What is drawn under each name."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -45,6 +52,7 @@ class MicroBatch:
         weight: float32 [m], 1 for a sample of the batch, 0 for padding.
         slot_noise: float32 [m, ...] standard normal, or None.
         gate_noise: float32 [m, ...] standard Gumbel, or None.
+        input_noise: float32 [m, ...] standard normal, for what the slots look at, or None.
         num_objects: int64 [m], -1 where unknown.
         masks: int64 [m, H, W], 0 is background, or None.
         ids: int64 [m], number of the sample in the set.
@@ -55,6 +63,7 @@ class MicroBatch:
     weight: Tensor
     slot_noise: Tensor | None
     gate_noise: Tensor | None
+    input_noise: Tensor | None
     num_objects: Tensor
     masks: Tensor | None
     ids: Tensor
@@ -140,7 +149,8 @@ class Stream:
         rank, world: this reader and how many there are.
         micro_batch: the most samples a micro batch may have.
         seed: of the noise.
-        noise: shape of one sample's noise by name: `slots` (normal), `gate` (Gumbel). What is left out is None.
+        noise: shape of one sample's noise by name: `slots` (normal), `gate` (Gumbel), `inputs` (normal). What is left
+            out is None.
         with_masks: decode masks; a sample without them is bad.
         prefetch: steps made ahead of time.
         bad_limit: the most bad samples this reader accepts; by default 1 % of the set, at least 10.
@@ -183,8 +193,8 @@ class Stream:
         device: torch.device | str = "cpu",
     ) -> None:
         plan.bounds(0, rank, world)  # refuses a rank out of range
-        if unknown := set(noise) - {"slots", "gate"}:
-            raise ValueError(f"noise: {sorted(unknown)} is not drawn here; use `slots` and `gate`")
+        if unknown := noise.keys() - _NOISE:
+            raise ValueError(f"noise: {sorted(unknown)} is not drawn here; use {', '.join(_NOISE)}")
         if prefetch < 1:
             raise ValueError(f"prefetch: {prefetch} is less than 1; use a positive number")
         if plan.index.size is None:
@@ -279,11 +289,11 @@ class Stream:
                 for entry in range(span.first, span.first + span.count):
                     planned.append(_Planned(low + len(planned), span, entry, int(order[entry]), window))
             self._reader.keep({span.window.lane for span in spans})
+            raws = [place.window[place.number] if place.number not in self.bad else None for place in planned]
+            self._decoder.submit([raw.members for raw in raws if isinstance(raw, Raw)])
+            return _Begun(step, planned, [isinstance(raw, Raw) for raw in raws])
         except BaseException as error:  # raised again by `step`, in its turn
             return _Begun(step, [], [], error)
-        raws = [place.window[place.number] if place.number not in self.bad else None for place in planned]
-        self._decoder.submit([raw.members for raw in raws if isinstance(raw, Raw)])
-        return _Begun(step, planned, [isinstance(raw, Raw) for raw in raws])
 
     def _finish(self, begun: _Begun) -> _Step:
         """The micro batches of a step, bad samples replaced."""
@@ -363,16 +373,17 @@ class Stream:
     def _collate(self, step: int, entries: list[_Entry], real: int) -> MicroBatch:
         places = np.array([entry.place for entry in entries], dtype=np.int64)  # [m]
         masks = [entry.sample.masks for entry in entries if entry.sample.masks is not None]
-        slots = gate = None
-        if "slots" in self._noise:
-            slots = torch.from_numpy(normal(self._seed, Purpose.SLOTS, step, places, self._noise["slots"]))
-        if "gate" in self._noise:
-            gate = torch.from_numpy(gumbel(self._seed, Purpose.GATE, step, places, self._noise["gate"]))
+        noise = {
+            name: torch.from_numpy(draw(self._seed, purpose, step, places, self._noise[name]))
+            for name, (draw, purpose) in _NOISE.items()
+            if name in self._noise
+        }
         return MicroBatch(
             images=_to_model([entry.sample.image for entry in entries]),
             weight=torch.from_numpy((np.arange(len(entries)) < real).astype(np.float32)),
-            slot_noise=slots,
-            gate_noise=gate,
+            slot_noise=noise.get("slots"),
+            gate_noise=noise.get("gate"),
+            input_noise=noise.get("inputs"),
             num_objects=torch.tensor([entry.sample.num_objects for entry in entries], dtype=torch.int64),
             masks=torch.from_numpy(np.stack(masks).astype(np.int64)) if self._with_masks else None,
             ids=torch.tensor([entry.number for entry in entries], dtype=torch.int64),
@@ -408,9 +419,14 @@ class _Prefetcher:
         self._thread.start()
 
     def take(self) -> _Step:
-        made = self._ready.get()  # its maker ends in a step or in an error: all its own waits have an end
-        self.next += 1
-        return made
+        # The thread always comes to a step or an error, since all its own waits have an end.
+        while True:
+            with contextlib.suppress(queue.Empty):
+                made = self._ready.get(timeout=1.0)
+                self.next += 1
+                return made
+            if not self._thread.is_alive() and self._ready.empty():
+                raise RuntimeError("the thread that reads ahead is gone")
 
     def close(self) -> None:
         self._stop.set()
