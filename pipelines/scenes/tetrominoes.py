@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.noise import Purpose, generator
-from pipelines.scenes.scenes import Scenes
+from pipelines.scenes.scenes import Renderer, Scenes, check_range
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "I0": ("####",),
@@ -43,7 +43,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 
 
 @dataclass(frozen=True)
-class Tetrominoes:
+class Tetrominoes(Renderer):
     """Renderer of Tetrominoes scenes. The defaults are the published set.
 
     Fields:
@@ -60,20 +60,16 @@ class Tetrominoes:
     cell: int = 5
 
     def __post_init__(self) -> None:
-        fewest, most = self.pieces
-        if not 1 <= fewest <= most <= 255:
-            raise ValueError(
-                f"pieces: {self.pieces} is not a range (fewest, most) within 1 .. 255; reorder or shrink it"
-            )
+        check_range("pieces", self.pieces, 255)
         if self.grid < 4:
             raise ValueError(f"grid: {self.grid} cells cannot hold every tetromino; use at least 4")
         if self.cell < 1:
             raise ValueError(f"cell: {self.cell} pixels cannot be drawn; use at least 1")
-        if 4 * most > self.grid**2:
+        if 4 * self.pieces[1] > self.grid**2:
             raise ValueError(self._crowded())
 
-    def render(self, seed: int, shard: int, count: int) -> Scenes:
-        """Render rows 0 .. count - 1 of a shard. Row i is a function of (seed, shard, i) and the fields alone.
+    def render_range(self, seed: int, first: int, count: int) -> Scenes:
+        """Scenes `first` .. `first + count - 1`. A scene is a function of (seed, its index) and the fields alone.
 
         A piece's shape is uniform among the shapes that still fit somewhere, its position uniform among the free
         ones, its colour uniform and independent.
@@ -85,13 +81,25 @@ class Tetrominoes:
         Raises:
             ValueError: a scene is so crowded that no piece fits any more.
         """
+        rows = [generator(seed, Purpose.SCENES, place=first + row).random(self._draws()) for row in range(count)]
+        return self._drawn(np.array(rows).reshape(count, self._draws()))
+
+    def render(self, seed: int, shard: int, count: int) -> Scenes:
+        """Rows 0 .. count - 1 of a shard; otherwise as `render_range`. Row i is a function of (seed, shard, i)."""
+        # A shard's rows follow each other in one stream, filled in row order: later rows never move earlier ones.
+        return self._drawn(generator(seed, Purpose.SCENES, step=shard).random((count, self._draws())))
+
+    def _draws(self) -> int:
+        return 1 + 3 * self.pieces[1]
+
+    def _drawn(self, uniform: NDArray[np.float64]) -> Scenes:
+        """The scenes that uniform numbers in [0, 1) stand for, a row [1 + 3 M] a scene."""
+        count = len(uniform)
         fewest, most = self.pieces
         placements, shape_of = _placements(self.grid)  # [P, C], [P]
         centres = _centres(placements, self.grid)  # [P, 2]
         first = np.searchsorted(shape_of, np.arange(len(SHAPES)))  # [S] first placement of each shape
 
-        # A row of uniforms per scene, filled in row order: later rows never move earlier ones.
-        uniform = generator(seed, Purpose.SCENES, step=shard).random((count, 1 + 3 * most))  # [N, 1 + 3 M]
         num_objects = fewest + _pick(uniform[:, 0], np.full(count, most - fewest + 1))  # [N]
         draws = uniform[:, 1:].reshape(count, most, 3)  # [N, M, (shape, position, color)]
 
