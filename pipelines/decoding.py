@@ -112,7 +112,6 @@ class Processes:
         self._count = workers
         self._arena = _Arena(chunk, size, with_masks)
         self._workers: list[_Worker] = []
-        self._waiting: deque[_Task] = deque()
         self._submitted: deque[list[_Task]] = deque()
         self._taken: deque[list[_Task]] = deque()
         self._free: list[int] = []
@@ -122,8 +121,8 @@ class Processes:
             self._workers = [self._started() for _ in range(self._count)]
         tasks = [_Task(samples[i : i + self._chunk], self._slot()) for i in range(0, len(samples), self._chunk)]
         self._submitted.append(tasks)
-        self._waiting.extend(tasks)
-        self._deal()
+        for task in tasks:  # all at once: a worker must not wait for us to come by
+            self._give(min(self._workers, key=lambda worker: len(worker.tasks)), task)
 
     def take(self) -> list[Result]:
         tasks = self._submitted.popleft()
@@ -144,7 +143,6 @@ class Processes:
         self._workers.clear()
         for tasks in (*self._submitted, *self._taken):
             self._free += [task.slot for task in tasks]
-        self._waiting.clear()
         self._submitted.clear()
         self._taken.clear()
 
@@ -156,13 +154,6 @@ class Processes:
     def _slot(self) -> int:
         return self._free.pop() if self._free else self._arena.more()
 
-    def _deal(self) -> None:
-        """Two tasks a worker: one that it does and one that it finds when it is done."""
-        for load in range(2):
-            for worker in self._workers:
-                if len(worker.tasks) <= load and self._waiting:
-                    self._give(worker, self._waiting.popleft())
-
     def _give(self, worker: "_Worker", task: _Task) -> None:
         task.worker = worker
         worker.tasks.append(task)
@@ -172,9 +163,9 @@ class Processes:
             self._replace(worker, str(error))
 
     def _collect(self, task: _Task) -> None:
-        """Take what the task's worker has done, or wait for it; then deal out more."""
+        """Take what the task's worker has done, or wait for it."""
         worker = task.worker
-        assert worker is not None  # waiting tasks are older than none: the oldest have been dealt out
+        assert worker is not None
         try:
             result = worker.receive(self._timeout)
         except (OSError, EOFError) as error:
@@ -182,18 +173,6 @@ class Processes:
             return
         worker.failures = 0
         worker.tasks.popleft().result = result
-        self._collect_ready()
-        self._deal()
-
-    def _collect_ready(self) -> None:
-        for worker in self._workers:
-            while worker.tasks and worker.ready():
-                try:
-                    worker.tasks[0].result = worker.receive(self._timeout)
-                except (OSError, EOFError) as error:
-                    self._replace(worker, str(error) or type(error).__name__)
-                    break
-                worker.tasks.popleft()
 
     def _replace(self, worker: "_Worker", problem: str) -> None:
         code = worker.end()
@@ -242,9 +221,6 @@ class _Worker:
 
     def send(self, message: Any) -> None:
         self._connection.send(message)
-
-    def ready(self) -> bool:
-        return self._connection.poll(0)
 
     def receive(self, timeout: float) -> list[Any]:
         if not self._connection.poll(timeout):

@@ -483,5 +483,6 @@ def _to_model(images: Sequence[NDArray[np.uint8]]) -> Tensor:
     """What `transforms.to_model` makes of their stack, without stacking them: float32 [m, 3, H, W]."""
     batch = np.empty((len(images), 3, *images[0].shape[:2]), dtype=np.float32)
     for image, channels in zip(images, batch, strict=True):
-        np.divide(image.transpose(2, 0, 1), np.float32(127.5), out=channels)  # [3, H, W]
-    return torch.from_numpy(batch).sub_(1.0)
+        np.divide(np.ascontiguousarray(image.transpose(2, 0, 1)), np.float32(127.5), out=channels)  # [3, H, W]
+        np.subtract(channels, np.float32(1), out=channels)  # while it is in the cache
+    return torch.from_numpy(batch)
