@@ -35,6 +35,8 @@ __all__ = ["Decoder", "InThread", "Processes"]
 
 logger = logging.getLogger(__name__)
 
+_START = 60.0  # seconds that a new worker may take to import what it needs, on a busy machine
+
 Members = Mapping[str, bytes]
 Result = Sample | BadSample
 
@@ -218,14 +220,16 @@ class _Worker:
         self._connection = Connection(ours.detach())
         self.tasks: deque[_Task] = deque()
         self.failures = 0
+        self._answered = False
 
     def send(self, message: Any) -> None:
         self._connection.send(message)
 
     def receive(self, timeout: float) -> list[Any]:
-        if not self._connection.poll(timeout):
+        if not self._connection.poll(timeout if self._answered else timeout + _START):
             raise TimeoutError(f"no answer in {timeout:g} s")
         answer: list[Any] = self._connection.recv()
+        self._answered = True
         return answer
 
     def hang_up(self) -> None:

@@ -86,7 +86,7 @@ class FaultyServer:
                 status, body, headers["Content-Range"] = 416, b"", f"bytes */{len(content)}"
             else:
                 status, body = 206, content[first : last + 1]
-                told = first + 1 if fault == "wrong-range" else first
+                told = first + (-1 if first else 1) * (fault == "wrong-range")
                 headers["Content-Range"] = f"bytes {told}-{told + len(body) - 1}/{len(content)}"
         if fault == "lie":
             body = bytes(byte ^ 1 for byte in body)

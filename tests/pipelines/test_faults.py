@@ -319,10 +319,10 @@ def test_a_decode_worker_that_dies_or_stalls_is_replaced(folder: Path, blow: sig
     stream = Stream(plan, folder, rank=0, world=1, micro_batch=3, seed=9, noise=NOISE, decode_workers=2, prefetch=1)
     stream._decoder._timeout = 0.5  # type: ignore[attr-defined]
     with stream:
-        read = [stream.step(0)]
+        read = [stream.step(step) for step in range(3)]  # both have answered
         for worker in stream._decoder._workers:  # type: ignore[attr-defined]
             os.kill(worker.process.pid, blow)
-        read += [stream.step(step) for step in range(1, 8)]
+        read += [stream.step(step) for step in range(3, 8)]
     assert_equal(read, batches(plan, folder, range(8)))
 
 
@@ -332,6 +332,14 @@ def test_workers_that_keep_dying_stop_the_run(folder: Path, monkeypatch: pytest.
     stream = Stream(plan, folder, rank=0, world=1, micro_batch=3, seed=9, noise={}, decode_workers=1)
     with stream, pytest.raises(DataError, match=r"decode worker \d+ ended with 5 .*decode_workers: 0"):
         stream.step(0)
+
+
+def test_memory_shared_with_workers_is_used_again(folder: Path) -> None:
+    plan = plan_of(read_local(folder))
+    with Stream(plan, folder, rank=0, world=1, micro_batch=3, seed=9, noise={}, decode_workers=1) as stream:
+        for step in range(4 * plan.steps_per_epoch):
+            stream.step(step)
+        assert len(stream._decoder._arena._slots) <= 3  # type: ignore[attr-defined]  # a step is one task
 
 
 def test_no_worker_outlives_its_stream(folder: Path) -> None:
