@@ -114,7 +114,8 @@ class Cache:
                 self._make_room(file, key, size)
                 self._fill(file, url, sha256, size, download)
                 self._checked.add(key)
-                os.replace(part, path)
+                with self._room():  # who counts the folder's bytes must not miss it between two names
+                    os.replace(part, path)
                 fcntl.flock(file, fcntl.LOCK_SH)  # from writing to reading
                 file.seek(0)
                 if _is(file, path):
@@ -158,12 +159,18 @@ class Cache:
                 )
             time.sleep(_POLL)
 
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Nobody else takes room or renames meanwhile; held for a scan of the folder at most."""
+        with (self.folder / "room.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def _make_room(self, part: BufferedRandom, key: str, size: int) -> None:
         """Evict what was used longest ago until `size` bytes fit, and take them."""
         if size > self.limit:
             raise NoRoomError(f"{size} bytes do not fit into a cache of {self.limit}")
-        with (self.folder / "room.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held for a scan of the folder
+        with self._room():
             entries = []
             for entry in self.folder.iterdir():
                 if entry.name == f"{key}.part" or entry.suffix not in (".part", ".shard"):

@@ -85,8 +85,8 @@ class FaultyServer:
             if first >= len(content):
                 status, body, headers["Content-Range"] = 416, b"", f"bytes */{len(content)}"
             else:
-                status, body = 206, content[first : last + 1]
-                told = first + (-1 if first else 1) * (fault == "wrong-range")
+                told = first + (-1 if first else 1) * (fault == "wrong-range")  # other bytes than were asked for
+                status, body = 206, content[told : told + last + 1 - first]
                 headers["Content-Range"] = f"bytes {told}-{told + len(body) - 1}/{len(content)}"
         if fault == "lie":
             body = bytes(byte ^ 1 for byte in body)
