@@ -4,8 +4,8 @@ of dSprites, Matthey et al. 2017), rendered by numpy.
 Published: 64x64 images, three sets of colours and counts, six scales from 0.5 to 1, 40 orientations of a full turn,
 32 x 32 positions, hard edges. What is not published, and chosen here:
 
-* sprites: at scale 1 the square has sides of 18 pixels, the oval semi-axes of 12 and 7.5, the heart is a square of 12.4
-  with a half disc on each of two sides. The three areas are then within 20 %.
+* sprites: at scale 1 the square has sides of 18.6 pixels, the oval semi-axes of 12.1 and 7.6, the heart is a square of
+  12.4 with a half disc on each of two sides. No two pictures of a sprite are then the same, but for its symmetry.
 * positions: centres of mass on the centres of pixels 16 .. 47, so that no sprite is cut by the border.
 * orientations: 2 pi k / 40, so that no two are the same turn.
 * colours: hue uniform, saturation and value uniform in [0.5, 1]; the grey uniform.
@@ -30,8 +30,8 @@ ORIENTATIONS = 40
 POSITIONS = 32
 SIDE = 64
 
-OVAL_AXES = (12.0, 7.5)
-SQUARE_SIDE = 18.0
+OVAL_AXES = (12.1, 7.6)
+SQUARE_SIDE = 18.6
 HEART_SIDE = 12.4
 
 Coloring = Literal["colored_on_grayscale", "colored_on_colored", "binarized"]
@@ -146,7 +146,8 @@ def _uniform(seed: int, scenes: Sequence[int], attempt: int, width: int) -> NDAr
 
 def _factors(uniform: NDArray[np.float64]) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]]:
     """Shape, scale, orientation, x and y as indices [N, M], and the numbers for the colours [N, M, 3]."""
-    draws = uniform[:, 4:].reshape(len(uniform), -1, _PER_SPRITE)  # [N, M, 8]
+    most = (uniform.shape[1] - 4) // _PER_SPRITE
+    draws = uniform[:, 4:].reshape(len(uniform), most, _PER_SPRITE)  # [N, M, 8]
     options = (len(SHAPES), len(SCALES), ORIENTATIONS, POSITIONS, POSITIONS)
     indices = [_pick(draws[..., i], option) for i, option in enumerate(options)]
     return indices, draws[..., 5:]
