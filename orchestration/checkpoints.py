@@ -1,7 +1,7 @@
 """One checkpoint format for every world size and ZeRO stage.
 
-A checkpoint is a folder ``<steps done>-<token>``: one safetensors part for each rank (fp32 weights and Adam's moments
-by parameter name; parameters are dealt out to the ranks), the curve's points since the checkpoint before, and a
+A checkpoint is a folder ``<steps done>-<token>``: one safetensors part for each rank (fp32 weights, Adam's moments and
+persistent buffers by name; names are dealt out to the ranks), the curve's points since the checkpoint before, and a
 manifest with the digest of every file, written last. A folder without a manifest is not a checkpoint. Nothing in it
 is executable.
 """
@@ -78,11 +78,11 @@ class Checkpoint:
             self.read(name)
 
     def weights(self) -> dict[str, Tensor]:
-        """fp32 weights by parameter name."""
+        """Weights and persistent buffers: the module's state_dict."""
         return {name: state["weight"] for name, state in self.tensors().items()}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """weight, exp_avg and exp_avg_sq of each parameter, by name.
+        """weight, exp_avg and exp_avg_sq of each trained parameter, the weight alone of anything else, by name.
 
         Raises:
             DamagedCheckpointError: a part is missing or has another digest.
@@ -229,14 +229,13 @@ def restore(checkpoint: Checkpoint, module: torch.nn.Module) -> dict[str, dict[s
         DamagedCheckpointError: its parameters are not the module's.
     """
     tensors = checkpoint.tensors()
-    parameters = dict(module.named_parameters())
-    if tensors.keys() != parameters.keys():
-        odd = sorted(tensors.keys() ^ parameters.keys())
+    state = module.state_dict()
+    if tensors.keys() != state.keys():
+        odd = sorted(tensors.keys() ^ state.keys())
         raise DamagedCheckpointError(f"{checkpoint.path}: parameters differ from the model's: {odd[:5]}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name]["weight"])
-    return {name: {key: state[key] for key in MOMENTS} for name, state in tensors.items()}
+    module.load_state_dict({name: values["weight"] for name, values in tensors.items()})
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return {name: {key: tensors[name][key] for key in MOMENTS} for name in trained}
 
 
 def _part(rank: int) -> str:

@@ -35,9 +35,10 @@ class Engine(Protocol):
         """Norm of the last step's global gradient, before clipping."""
 
     def named_state(self, owned: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """weight, exp_avg and exp_avg_sq of each parameter in fp32 on the CPU, by name. All ranks iterate together.
+        """weight, exp_avg and exp_avg_sq of each parameter in fp32 on the CPU, by name; the weight alone of a frozen
+        one, and of a persistent buffer. All ranks iterate together.
 
-        With ``owned`` a rank is given its own share of the parameters alone, so that no host needs all of them.
+        With ``owned`` a rank is given its own share of the names alone, so that no host needs all of them.
         """
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]], steps: int) -> None:
@@ -88,6 +89,8 @@ class PlainEngine:
     def named_state(self, owned: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self.module.named_parameters():
             yield name, _plain_state(parameter, self.optimizer)
+        for name, buffer in _buffers(self.module):
+            yield name, {"weight": buffer.detach().cpu().clone()}
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]], steps: int) -> None:
         _load_plain(self.module, self.optimizer, moments, steps)
@@ -164,16 +167,26 @@ class DeepSpeedEngine:
         return float(self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm())
 
     def named_state(self, owned: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        for number, (name, parameter) in enumerate(self.module.named_parameters()):
-            if self.zero_stage == 0:
-                state = _plain_state(parameter, self.deepspeed.optimizer)
-            else:
-                state = {"weight": safe_get_full_fp32_param(parameter)}
-                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        number = 0
+        for number, (name, parameter) in enumerate(self.module.named_parameters(), start=1):
+            state = self._state(parameter)
             if not owned or number % self.world == self.rank:
                 yield name, {key: value.detach().float().cpu().clone() for key, value in state.items()}
+        for following, (name, buffer) in enumerate(_buffers(self.module), start=number + 1):
+            if not owned or following % self.world == self.rank:
+                yield name, {"weight": buffer.detach().cpu().clone()}
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.zero_stage == 0:
+            return _plain_state(parameter, self.deepspeed.optimizer)
+        if not parameter.requires_grad:  # not the optimizer's, so it does not know it
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                return {"weight": parameter.detach().clone()}
+        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        return {"weight": safe_get_full_fp32_param(parameter), **moments}
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]], steps: int) -> None:
         optimizer = self.deepspeed.optimizer
@@ -193,7 +206,7 @@ class DeepSpeedEngine:
             }
         if self.zero_stage < 3:
             optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in _trained(self.module):
             for key in MOMENTS:
                 self._set_moment(parameter, key, moments[name][key].to(self.device))
 
@@ -240,7 +253,7 @@ def _import_deepspeed(device: str) -> Any:
 
 
 def _adam(module: nn.Module, device: torch.device) -> torch.optim.Adam:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in _trained(module)]
     return torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
@@ -253,16 +266,28 @@ def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Those that are state, such as a codebook."""
+    persistent = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
+
+
 def _plain_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state.get(parameter, {})
-    moments = {key: state.get(key, torch.zeros_like(parameter)) for key in MOMENTS}
+    moments = {}
+    if parameter.requires_grad:
+        state = optimizer.state.get(parameter, {})
+        moments = {key: state.get(key, torch.zeros_like(parameter)) for key in MOMENTS}
     return {key: value.detach().float().cpu().clone() for key, value in {"weight": parameter, **moments}.items()}
 
 
 def _load_plain(
     module: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, dict[str, Tensor]], steps: int
 ) -> None:
-    for name, parameter in module.named_parameters():
+    for name, parameter in _trained(module):
         optimizer.state[parameter] = {
             "step": torch.tensor(float(steps), device=parameter.device if parameter.is_cuda else "cpu"),
             **{key: moments[name][key].to(parameter.device, copy=True) for key in MOMENTS},

@@ -1,15 +1,16 @@
 """Held-out evaluation: while training, on all ranks and in the run's precision, and at the end, in fp32."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from orchestration.worker import Micro, reconstruction_error
-from slot_models import SlotCounts, SlotOutput, count_confusion, foreground_ari
+from orchestration.worker import DivergedError, Micro, reconstruction_error
+from slot_models import MetricSums, SlotCounts, SlotOutput, count_confusion, segmentation_metrics
 
 MOST_OBJECTS = 255  # masks are 8-bit ids
+SEGMENTATION = ("ari", "fg_ari", "mbo", "miou", "corloc")
 
 
 @dataclass(frozen=True)
@@ -18,21 +19,27 @@ class Evaluation:
 
     Fields:
         images: how many.
-        reconstruction: mean squared error over all values.
-        fg_ari: mean foreground ARI; None without true masks.
+        means: by name: reconstruction, the mean squared error over all values; with true masks ari, fg_ari, mbo, miou
+            and corloc, those of objects over the images that have any.
         counts: kept slots against objects; None where the numbers of objects are unknown.
     """
 
     images: int
-    reconstruction: float
-    fg_ari: float | None
+    means: Mapping[str, float]
     counts: SlotCounts | None
+
+    @property
+    def reconstruction(self) -> float:
+        return self.means["reconstruction"]
+
+    @property
+    def fg_ari(self) -> float | None:
+        """None without true masks."""
+        return self.means.get("fg_ari")
 
     def metrics(self) -> dict[str, float]:
         """By their names in MLflow, without the group eval/."""
-        metrics = {"reconstruction": self.reconstruction}
-        if self.fg_ari is not None:
-            metrics["fg_ari"] = self.fg_ari
+        metrics = dict(self.means)
         if self.counts is not None:
             metrics |= {
                 "count_error": self.counts.mean_absolute_error,
@@ -60,27 +67,33 @@ def evaluate(
         forward: images [m, 3, H, W] -> SlotOutput, without noise: deterministic, and independent of the batch.
         micro_batches: with masks where there are any; padding has weight 0.
         total: the sum of a tensor over ranks.
+
+    Raises:
+        DivergedError: a mask or an error is not finite.
     """
-    sums = torch.zeros(4, dtype=torch.float64)  # images, reconstruction, images with masks, FG-ARI
+    errors, segmentation = MetricSums.zeros(("reconstruction",)), MetricSums.zeros(SEGMENTATION)
     confusion = torch.zeros(num_slots + 1, MOST_OBJECTS + 1, dtype=torch.float64)
     for micro in micro_batches:
         micro = micro.to(torch.device(device))
         output = forward(micro.images)
+        error = reconstruction_error(output)
+        if not bool(error.isfinite().all() and output.masks.isfinite().all()):
+            raise DivergedError("what the model makes of held-out images is not finite; lower train.learning_rate")
         real = micro.weight > 0
-        sums[0] += real.sum().cpu()
-        sums[1] += reconstruction_error(output)[real].double().sum().cpu()
+        errors += MetricSums.from_batch({"reconstruction": error}, real)
         if micro.masks is not None:
-            sums[2] += real.sum().cpu()
-            sums[3] += foreground_ari(micro.masks, output.masks_at(*micro.masks.shape[-2:]))[real].sum().cpu()
+            found = segmentation_metrics(micro.masks, output.masks_at(*micro.masks.shape[-2:]).float())
+            segmentation += MetricSums.from_batch(found, real)
         kept = output.keep.sum(dim=1).round().long()
         confusion += count_confusion(kept[real], micro.num_objects[real], num_slots, MOST_OBJECTS).cpu()
-    everything = total(torch.cat([sums, confusion.flatten()]))
-    images, reconstruction, masked, fg_ari = everything[:4].tolist()
-    confusion = everything[4:].view_as(confusion)
+    everything = total(torch.cat([errors.tensor(), segmentation.tensor(), confusion.flatten()]))
+    first, second = 2, 2 + 2 * len(SEGMENTATION)
+    errors = MetricSums.from_tensor(errors.names, everything[:first])
+    segmentation = MetricSums.from_tensor(SEGMENTATION, everything[first:second])
+    confusion = everything[second:].view_as(confusion)
     return Evaluation(
-        images=int(images),
-        reconstruction=reconstruction / images,
-        fg_ari=fg_ari / masked if masked else None,
+        images=int(errors.count.sum()),
+        means=errors.means() | segmentation.means(),
         counts=SlotCounts(_trimmed(confusion), background_slots) if confusion.sum() else None,
     )
 

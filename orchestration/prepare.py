@@ -83,7 +83,7 @@ def check_data(recipe: Recipe) -> dict[str, str]:
                 "set it to their size or ingest them at this one"
             )
     try:  # made, not read from: it checks that the open windows fit into memory
-        training_stream(recipe, data.train, 0, recipe.parallel.workers.min)
+        training_stream(recipe, data.train, {}, 0, recipe.parallel.workers.min)
     except ValueError as error:
         raise RecipeError(f"data: {error}") from error
     weights = [entry.weight for entry in data.train] if isinstance(data.train, Sets) else []

@@ -60,11 +60,10 @@ def sources_of(recipe: Recipe) -> Sources:
     return Sources(tries=recipe.data.tries, timeout=recipe.data.timeout, allow_pipe=recipe.data.allow_pipe)
 
 
-def training_stream(recipe: Recipe, place: Place, rank: int = 0, world: int = 1, **options: Any) -> Stream:
-    """A rank's part of the training set, with the noise of slots and gate."""
-    noise: dict[str, tuple[int, ...]] = {"slots": (recipe.model.num_slots, recipe.model.slot_dim)}
-    if recipe.model.adaptive:
-        noise["gate"] = (recipe.model.num_slots, 2)
+def training_stream(
+    recipe: Recipe, place: Place, noise: Mapping[str, tuple[int, ...]], rank: int = 0, world: int = 1, **options: Any
+) -> Stream:
+    """A rank's part of the training set, with the noise that the model wants of it."""
     sources = sources_of(recipe)
     if isinstance(place, Sets) and len(place) > 1:
         order: Order = mixture(place, sources, batch_size=recipe.train.batch_size, seed=recipe.seed, **_shape(recipe))
@@ -117,7 +116,7 @@ def train_bare(recipe: Recipe, data: Data, hooks: tuple[Hook, ...] = (), device:
         precision=recipe.parallel.precision,
         device=device,
     )
-    with training_stream(recipe, data.train) as stream:
+    with training_stream(recipe, data.train, model.noise_shapes()) as stream:
         background = recipe.evaluate.background_slots
         train(engine, stream, Schedule(recipe.train), background_slots=background, hooks=hooks)
     return model
@@ -156,6 +155,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
         )
     checkpoint, token = _agree(lambda: (newest_valid(folder.checkpoints), new_token()), rank)
     model = build_model(recipe)
+    noise = model.noise_shapes()
     moments = restore(checkpoint, model) if checkpoint else None
     start = checkpoint.steps if checkpoint else 0
     engine = DeepSpeedEngine(
@@ -198,7 +198,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     hooks: list[Hook] = [curves.record, evaluate_held_out, save]
     if rank == 0:
         hooks.append(live_values(folder.live, recipe, world))
-    with training_stream(recipe, data.train, rank, world, device=device) as stream:
+    with training_stream(recipe, data.train, noise, rank, world, device=device) as stream:
         background = recipe.evaluate.background_slots
         train(engine, stream, Schedule(recipe.train), start=start, background_slots=background, hooks=hooks)
     saver.wait()

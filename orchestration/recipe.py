@@ -7,20 +7,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from orchestration.model_section import ModelSection
+from orchestration.section import Section
 
 # What a run may change between submissions without becoming another run: where and how it computes, is shown and is
 # promoted, but nothing that its curve depends on. The data's folders may move; their digests are pinned apart.
@@ -33,15 +27,12 @@ MUTABLE: dict[str, Any] = {
     "evaluate": {"batch_size"},
 }
 
+Floor = Literal["ari", "fg_ari", "mbo", "miou", "corloc", "count_correlation", "count_accuracy"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class RecipeError(Exception):
     """A recipe that cannot run: a sentence with the field's path, its value and the cure, for each problem."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ScenesSection(Section):
@@ -129,34 +120,6 @@ class DataSection(Section):
         return self
 
 
-class ModelSection(Section):
-    """The autoencoder; the defaults are the published Tetrominoes model (Locatello et al. 2020)."""
-
-    image_size: PositiveInt = Field(35, description="pixels a side")
-    num_slots: PositiveInt = Field(4, description="K, the most objects (and background) that an image can have")
-    slot_dim: PositiveInt = 64
-    iterations: PositiveInt = 3
-    hidden_dim: PositiveInt = 128
-    initial: Literal["shared", "per_slot"] = Field("shared", description="one learned Gaussian, or one for each slot")
-    initial_sigma: float | None = Field(None, gt=0, description="start of the initial slots' standard deviation")
-    gradient: Literal["full", "bilevel"] = Field("full", description="through all iterations, or the last alone")
-    adaptive: bool = Field(False, description="a gate decides for each slot whether the image needs it (AdaSlot)")
-    keep_bias: float = Field(0.0, description="initial logit of keeping a slot")
-    gate_exploration: float = Field(0.0, ge=0, lt=0.5, description="least probability of keeping, and of dropping")
-    gate_gradient: Literal["slope", "difference"] = Field(
-        "slope", description="of the error by a decision: its slope, as published, or the difference it makes"
-    )
-    encoder_channels: PositiveInt = 32
-    encoder_kernel: PositiveInt = 5
-    encoder_strides: tuple[PositiveInt, ...] = Field((1, 1, 1, 1), min_length=1)
-    decoder_channels: PositiveInt = 32
-    decoder_layers: PositiveInt = 3
-    decoder_kernel: PositiveInt = 5
-    decoder_output_kernel: PositiveInt = 3
-    decoder_patch: PositiveInt = Field(1, description="pixels a side that one decoder cell becomes")
-    decoder_mask: Literal["pixel", "cell"] = Field("pixel", description="a mask logit for each pixel, or each cell")
-
-
 class TrainSection(Section):
     """Optimisation: Adam, and schedules that are functions of the step alone."""
 
@@ -170,9 +133,12 @@ class TrainSection(Section):
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the global gradient")
     keep_weight: float = Field(0.0, ge=0, description="penalty on the mean of keep, for an adaptive model")
     random_from: int | None = Field(None, ge=0, description="slots are dropped at random from here to gate_from")
-    gate_from: int = Field(0, ge=0, description="the gate decides from this step; before, every slot is kept")
+    gate_from: int = Field(0, ge=0, description="gate or codebook decide from this step; before, every slot is kept")
     keep_weight_end: float | None = Field(None, ge=0, description="the penalty's weight at the end; null: no change")
     temperature: float = Field(1.0, gt=0, description="of the gate's straight-through gradient")
+    temperature_end: float | None = Field(
+        None, gt=0, description="the temperature at the end, geometrically from gate_from; null: no change"
+    )
     checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
     checkpoints_kept: int = Field(3, ge=2, description="newest checkpoints to keep; one more than the newest at least")
 
@@ -228,7 +194,7 @@ class RegistrySection(Section):
     """The registered model and the gate that its alias champion has to pass."""
 
     model: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="name; null: slotforge-<recipe's name>")
-    floors: dict[Literal["fg_ari", "count_correlation", "count_accuracy"], Fraction] = Field(default_factory=dict)
+    floors: dict[Floor, Fraction] = Field(default_factory=dict)
 
 
 class Recipe(Section):
@@ -252,9 +218,9 @@ class Recipe(Section):
             raise ValueError(
                 f"model.image_size: {model.image_size} is not data.scenes' grid x cell = {size}; set it to {size}"
             )
-        if train.keep_weight > 0 and not model.adaptive:
+        if train.keep_weight > 0 and model.gate is None:
             raise ValueError(
-                f"train.keep_weight: {train.keep_weight} has no gate to act on; set model.adaptive: true or it to 0"
+                f"train.keep_weight: {train.keep_weight} has no gate to act on; set model.gate: {{}} or it to 0"
             )
         if train.decay_steps > train.steps:
             raise ValueError(
@@ -266,7 +232,7 @@ class Recipe(Section):
                 f"train.random_from: {train.random_from} is after train.gate_from: {train.gate_from}; "
                 "lower it or set null"
             )
-        if train.gate_from >= train.steps and model.adaptive:
+        if train.gate_from >= train.steps and (model.gate is not None or model.codebook is not None):
             raise ValueError(
                 f"train.gate_from: {train.gate_from} is not before the end at step {train.steps}; lower it"
             )
@@ -389,35 +355,41 @@ def _apply(fields: dict[str, Any], override: str) -> None:
 
 
 def _sentence(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    parts, known = _place(problem["loc"])
+    path = ".".join(parts)
     message, value = _one_line(str(problem["msg"])), problem["input"]
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        known = _place(problem["loc"][:-1])[1]
+        close = difflib.get_close_matches(parts[-1], known, n=1)
         cure = f"did you mean {close[0]!r}?" if close else f"take one of {', '.join(known)}"
         return f"{path}: there is no such field (its value is {value!r}); {cure}"
     if problem["type"] == "missing":
         return f"{path}: the field is missing; add it"
+    if problem["type"] == "union_tag_invalid":
+        return f"{path}.kind: {problem['ctx']['tag']!r} is not valid; take one of {problem['ctx']['expected_tags']}"
     if problem["type"] == "value_error":  # ours: already with value and cure
         sentence = message.removeprefix("Value error, ")
-        names_a_field = sentence.partition(":")[0] in _fields_at(problem["loc"])
+        names_a_field = sentence.partition(":")[0] in known
         return f"{path}.{sentence}" if path and names_a_field else f"{path or 'recipe'}: {sentence}"
     expected = message.removeprefix("Input should be ")
     return f"{path}: {value!r} is not valid; it should be {expected}"
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Recipe
+def _place(location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """The names on the way to a field, without the kinds that pydantic puts between them; and the fields there."""
+    names: list[str] = []
+    sections: list[type[Section]] = [Recipe]
     for part in location:
-        if part not in section.model_fields:
-            return []
-        annotation = section.model_fields[part].annotation
-        choices = [annotation, *getattr(annotation, "__args__", ())]
-        sections = (choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section))
-        section = next(sections, None)
-        if section is None:  # a leaf
-            return []
-    return list(section.model_fields)
+        if len(sections) > 1:  # a part of one of several kinds
+            sections = [section for section in sections if part in get_args(section.model_fields["kind"].annotation)]
+            continue
+        names.append(str(part))
+        known = sections[0].model_fields if sections else {}
+        annotation = known[part].annotation if part in known else None
+        choices = [annotation, *get_args(annotation)]
+        choices = [get_args(choice)[0] if get_origin(choice) is Annotated else choice for choice in choices]
+        sections = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section)]
+    return names, list(sections[0].model_fields) if len(sections) == 1 else []
 
 
 def _one_line(text: str) -> str:

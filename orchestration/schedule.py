@@ -16,10 +16,6 @@ class Schedule:
     def steps(self) -> int:
         return self.train.steps
 
-    @property
-    def temperature(self) -> float:
-        return self.train.temperature
-
     def learning_rate(self, step: int) -> float:
         """Warm-up times exponential decay, as published (the decay runs during warm-up too), times a final fall."""
         train = self.train
@@ -38,6 +34,14 @@ class Schedule:
             return "deciding"
         random_from = self.train.random_from
         return "random" if random_from is not None and step >= random_from else "open"
+
+    def temperature(self, step: int) -> float:
+        """Of the gate's gradient: geometric from the gate's first step to the end."""
+        train = self.train
+        if train.temperature_end is None:
+            return train.temperature
+        progress = max(0.0, (step - train.gate_from) / (train.steps - train.gate_from))
+        return float(train.temperature * (train.temperature_end / train.temperature) ** progress)
 
     def keep_weight(self, step: int) -> float:
         """Weight of the penalty on the mean of keep: linear from the gate's first step to the end."""

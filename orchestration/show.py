@@ -76,6 +76,8 @@ def _table(recipe: Recipe, evaluation: Evaluation, tracker: Tracker, registered:
     rows: list[tuple[str, Any]] = []
     if evaluation.fg_ari is not None:
         rows.append((f"FG-ARI on {evaluation.images} held-out scenes", f"{evaluation.fg_ari:.3f}"))
+        overlaps = (evaluation.means[name] for name in ("mbo", "miou", "corloc") if name in evaluation.means)
+        rows.append(("mBO, mIoU, CorLoc", ", ".join(f"{overlap:.3f}" for overlap in overlaps)))
     counts = evaluation.counts
     if counts is not None:
         rows += [

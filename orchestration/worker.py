@@ -27,6 +27,8 @@ class Micro(Protocol):
     @property
     def gate_noise(self) -> Tensor | None: ...
     @property
+    def input_noise(self) -> Tensor | None: ...
+    @property
     def num_objects(self) -> Tensor: ...
     @property
     def masks(self) -> Tensor | None: ...
@@ -47,10 +49,9 @@ class Schedule(Protocol):
 
     @property
     def steps(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
     def learning_rate(self, step: int) -> float: ...
     def stage(self, step: int) -> Stage: ...
+    def temperature(self, step: int) -> float: ...
     def keep_weight(self, step: int) -> float: ...
 
 
@@ -111,6 +112,7 @@ def train(
         began, waited = time.perf_counter(), batches.waited
         size, keep_weight = batches.batch_size(step), schedule.keep_weight(step)
         means: Tensor | float = 0.0
+        tally: Tensor | float = 0.0
 
         for micro in batches.step(step):  # this rank's slice: images [m, 3, H, W], noise, weight [m]
             micro = micro.to(engine.device)
@@ -118,17 +120,24 @@ def train(
                 micro.images,
                 micro.slot_noise,
                 micro.gate_noise,
-                temperature=schedule.temperature,
+                micro.input_noise,
+                weight=micro.weight,
+                temperature=schedule.temperature(step),
                 stage=schedule.stage(step),
             )
             reconstruction = reconstruction_error(output)  # [m]
             penalty = keep_weight * output.keep.mean(dim=1)  # [m]
             share = micro.weight / size  # [m], of the global batch
-            engine.backward(reconstruction + penalty + output.gate_term, share)
+            engine.backward(reconstruction + penalty + output.auxiliary, share)
             means = means + share @ _curves(output, reconstruction, penalty, micro.num_objects, background_slots)
+
+            if output.code_tally is not None:
+                tally = tally + output.code_tally
 
         learning_rate = schedule.learning_rate(step)
         engine.step(learning_rate)
+        if isinstance(tally, Tensor):  # the codebook moves once a step, by the global batch
+            engine.module.move_codes(engine.sum(tally))
         assert isinstance(means, Tensor)
         report = StepReport(
             step=step,
@@ -168,5 +177,6 @@ def _curves(
     """Each sample's part of the curves [m, M]; the count error is NaN where the number of objects is unknown."""
     kept = output.keep.sum(dim=1)
     count_error = torch.where(num_objects < 0, torch.nan, (kept - background_slots - num_objects).abs())
-    columns = [reconstruction + penalty, reconstruction, penalty, kept, output.keep.mean(dim=1), count_error]
+    total = reconstruction + penalty + output.auxiliary
+    columns = [total, reconstruction, penalty, kept, output.keep.mean(dim=1), count_error]
     return torch.cat([torch.stack(columns, dim=1), output.keep_probability], dim=1).float()

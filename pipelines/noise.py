@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     GATE = 3
     SCENES = 4
     WEIGHTS = 5
+    INPUTS = 6
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, place: int = 0) -> np.random.Generator:

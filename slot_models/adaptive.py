@@ -10,7 +10,6 @@ from slot_models.attention import MultiHeadSlotAttention, SlotAttention
 from slot_models.checks import check_finite, check_shape
 from slot_models.precision import at_least_float, full_precision
 
-MIXTURE_EPS = 1e-5
 Stage = Literal["open", "random", "deciding"]
 
 
@@ -205,46 +204,3 @@ def penalty_weight(published: float, channels: int, height: int, width: int) -> 
     channels x height x width, and so is its weight: CLEVR10's 10 is 2.03e-4 at 3 x 128 x 128.
     """
     return published / (channels * height * width)
-
-
-@torch.no_grad()
-def keep_differences(images: Tensor, pictures: Tensor, mask_logits: Tensor, keep: Tensor) -> Tensor:
-    """What keeping each slot does to the reconstruction error: its error with the slot less its error without it.
-
-    The other slots stay as they were decided. The slope that the paper's straight-through estimator takes at the
-    decision instead says little: where a slot alone explains a region, the mixture is normalised, so the slope is
-    zero while the slot is kept and huge while it is dropped, and the gate saturates at keeping everything. The
-    difference is the local expectation gradient of a Bernoulli decision (Titsias & Lazaro-Gredilla 2015).
-
-    Args:
-        images: float [B, 3, H, W].
-        pictures: float [B, K, 3, H, W].
-        mask_logits: float [B, K, H, W].
-        keep: float [B, K], 0 or 1.
-
-    Returns:
-        float [B, K], mean squared error per value; negative where the image needs the slot.
-    """
-    alpha = mask_logits.softmax(dim=1)[:, :, None]  # [B, K, 1, H, W]
-    keep = keep.to(alpha.dtype)[:, :, None, None, None]  # [B, K, 1, 1, 1]
-    weight = (alpha * keep).sum(dim=1, keepdim=True)  # [B, 1, 1, H, W]
-    painted = (alpha * keep * pictures).sum(dim=1, keepdim=True)  # [B, 1, 3, H, W]
-    errors = []
-    for change in (1 - keep, -keep):  # to keeping it, to dropping it
-        mixed = (painted + change * alpha * pictures) / ((weight + change * alpha).clamp(min=0) + MIXTURE_EPS)
-        errors.append((mixed - images[:, None]).square().mean(dim=(2, 3, 4)))  # [B, K]
-    return errors[0] - errors[1]
-
-
-def masked_mixture(mask_logits: Tensor, keep: Tensor) -> Tensor:
-    """Mixture weights without the dropped slots (Fan et al. 2024, equation 8).
-
-    Args:
-        mask_logits: float [B, K, H, W].
-        keep: float [B, K], 0 or 1.
-
-    Returns:
-        float [B, K, H, W], summing over the kept slots to s / (s + 1e-5), where s is their share without the gate.
-    """
-    alpha = mask_logits.softmax(dim=1) * keep.to(mask_logits.dtype)[:, :, None, None]  # [B, K, H, W]
-    return alpha / (alpha.sum(dim=1, keepdim=True) + MIXTURE_EPS)

@@ -318,4 +318,3 @@ def fixed_noise(num_slots: int, dim: int, seed: int = 0) -> Tensor:
     """
     rows = [np.random.Generator(np.random.Philox(key=[seed, slot])) for slot in range(num_slots)]
     return torch.from_numpy(np.stack([row.standard_normal(dim, dtype=np.float32) for row in rows]))
-

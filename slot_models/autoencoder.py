@@ -1,6 +1,6 @@
 """SlotAutoencoder: an image to slots and back."""
 
-from collections.abc import Sequence
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,10 +8,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slot_models.adaptive import Gate, SlotGate, Stage, keep_differences
-from slot_models.attention import Gradient, Initial, SlotAttention
-from slot_models.decoders import Decoded, Decoder, MaskCell, MixtureDecoder, SpatialBroadcastDecoder
-from slot_models.encoders import ConvEncoder, Padding
+from slot_models.adaptive import Gate, SlotGate, Stage
+from slot_models.attention import MultiHeadSlotAttention, SlotAttention
+from slot_models.checks import check_finite
+from slot_models.decoders import Decoded, Decoder, MixtureDecoder
+from slot_models.encoders import ConvEncoder, FeatureEncoder
+from slot_models.meta import MetaSlotAttention
+from slot_models.mixture import keep_differences
 from slot_models.precision import at_least_float
 from slot_models.vit import ViTBackbone
 
@@ -28,8 +31,10 @@ class SlotOutput(NamedTuple):
     pictures: float [B, K, C, H, W], what each slot paints; None with a decoder whose slots paint nothing of their own.
     reconstruction: float [B, C, H, W].
     target: float [B, C, H, W], what the reconstruction is of: the images, or a backbone's features.
-    gate_term: float [B], zero in value; to be added to a reconstruction error that is a mean per value. With the gate
-        gradient "difference" it carries what the error tells the gate.
+    auxiliary: float [B], to be added to a reconstruction error that is a mean per value: what the error tells the gate,
+        zero in value, with the gate gradient "difference"; and the weighted commitment of a codebook.
+    code_tally: float64 [M, 1 + D], counts and sums of the codebook's codes in this batch, for move_codes; None without
+        a codebook.
     """
 
     slots: Tensor
@@ -39,7 +44,8 @@ class SlotOutput(NamedTuple):
     pictures: Tensor | None
     reconstruction: Tensor
     target: Tensor
-    gate_term: Tensor
+    auxiliary: Tensor
+    code_tally: Tensor | None
 
     def masks_at(self, height: int, width: int) -> Tensor:
         """The masks, resized bilinearly where they have another size. [B, K, height, width]"""
@@ -51,31 +57,34 @@ class SlotOutput(NamedTuple):
 class SlotAutoencoder(nn.Module):
     """Encoder, slot attention, gate and decoder (Locatello et al. 2020; the gate: Fan et al. 2024).
 
-    Without a gate every slot is kept, with probability one. Without a backbone the encoder sees the images, and they
-    are reconstructed; with one it sees the backbone's features, and those are reconstructed (DINOSAUR, Seitzer et al.
-    2023).
+    Without a gate or a codebook every slot is kept, with probability one. Without a backbone the encoder sees the
+    images, and they are reconstructed; with one it sees the backbone's features, and those are reconstructed (DINOSAUR,
+    Seitzer et al. 2023).
 
     Args:
         encoder: images [B, 3, H, W], or features [B, N, F], to inputs [B, N, C]: a ConvEncoder, or a FeatureEncoder.
-        slot_attention: inputs to slots.
+        slot_attention: inputs to slots; a MetaSlotAttention decides itself which slots are kept.
         gate: which slots are kept.
         decoder: slots to a reconstruction.
         gate_gradient: what stands for d error / d keep in the straight-through gradient: the "slope" of the mixture
             at the decision, as published, or the "difference" that the decision makes (see keep_differences).
         backbone: images to features. The reconstruction's target is detached from it.
+        commitment: weight of a codebook's commitment.
 
     Raises:
-        ValueError: the gate's gradient is to be the difference, and the decoder is not a mixture.
+        ValueError: the gate's gradient is to be the difference, and the decoder is not a mixture; or there are both a
+            gate and a codebook.
     """
 
     def __init__(
         self,
-        encoder: nn.Module,
-        slot_attention: SlotAttention,
+        encoder: ConvEncoder | FeatureEncoder,
+        slot_attention: SlotAttention | MultiHeadSlotAttention | MetaSlotAttention,
         gate: SlotGate | None,
         decoder: Decoder,
         gate_gradient: GateGradient = "slope",
         backbone: ViTBackbone | None = None,
+        commitment: float = 0.0,
     ) -> None:
         super().__init__()
         if gate_gradient == "difference" and not isinstance(decoder, MixtureDecoder):
@@ -83,8 +92,14 @@ class SlotAutoencoder(nn.Module):
                 "gate_gradient: 'difference' needs a decoder that mixes the slots' pictures, and "
                 f"{type(decoder).__name__} draws none; take 'slope'"
             )
-        self.gate_gradient, self.backbone = gate_gradient, backbone
-        slot_attention.checks_values = False  # a diverging run is told by its loss, not in the middle of a step
+        attention = slot_attention
+        if isinstance(attention, MetaSlotAttention):
+            attention = attention.slot_attention
+            if gate is not None:
+                raise ValueError("gate: the codebook decides which slots are kept, and so would it; leave one out")
+        self.gate_gradient, self.backbone, self.commitment = gate_gradient, backbone, commitment
+        # A diverging run is told by its loss, not in the middle of a step.
+        attention.checks_values = False
         self.encoder, self.slot_attention, self.gate, self.decoder = encoder, slot_attention, gate, decoder
 
     def forward(
@@ -92,7 +107,9 @@ class SlotAutoencoder(nn.Module):
         images: Tensor,
         slot_noise: Tensor | None = None,
         gate_noise: Tensor | None = None,
+        input_noise: Tensor | None = None,
         *,
+        weight: Tensor | None = None,
         temperature: float = 1.0,
         stage: Stage = "deciding",
     ) -> SlotOutput:
@@ -102,22 +119,44 @@ class SlotAutoencoder(nn.Module):
             images: float [B, 3, H, W] in [-1, 1].
             slot_noise: standard normal [B, K, D]; a fixed draw where it is not given.
             gate_noise: standard Gumbel [B, K, 2]; the gate takes its argmax where it is not given.
+            input_noise: standard normal [B, 2, T, N, C], for a codebook's two passes; none where it is not given.
+            weight: float [B], what each image counts in a codebook's tally; 0 for padding.
             temperature: of the gate's gradient.
-            stage: of the gate's training, see SlotGate.
+            stage: of the training, see SlotGate. A codebook prunes when it is "deciding".
+
+        Raises:
+            ValueError: a shape does not fit, or an argument holds NaN or infinity.
         """
         seen, target = self._see(images)  # [B, 3, H, W] or [B, N, F], [B, C, h, w]
-        slots = self.slot_attention(self.encoder(seen), noise=slot_noise)  # [B, K, D]
-        keep, probability = self._decide(slots, gate_noise, temperature, stage)
+        inputs = self.encoder(seen)  # [B, N, C]
+        slots, gate, added, tally = self._find(inputs, slot_noise, gate_noise, input_noise, weight, temperature, stage)
+        keep = gate.keep
         by_difference = self.gate_gradient == "difference"
         decoded: Decoded = self.decoder(slots, keep.detach() if by_difference else keep, target)
-        gate_term = torch.zeros_like(keep[:, 0])
         if by_difference and keep.requires_grad:
+            assert isinstance(self.decoder, MixtureDecoder)
             assert decoded.pictures is not None and decoded.mask_logits is not None  # a mixture has them
-            differences = keep_differences(target, decoded.pictures, decoded.mask_logits, keep)
-            gate_term = (differences * (keep - keep.detach())).sum(dim=1)
+            eps = self.decoder.mixture_eps
+            differences = keep_differences(target, decoded.pictures, decoded.mask_logits, keep, eps)
+            added = added + (differences * (keep - keep.detach())).sum(dim=1)
+        check_finite(decoded.reconstruction, images=images, slot_noise=slot_noise, gate_noise=gate_noise)
         return SlotOutput(
-            slots, keep, probability, decoded.masks, decoded.pictures, decoded.reconstruction, target, gate_term
+            slots=slots,
+            keep=keep,
+            keep_probability=gate.probability,
+            masks=decoded.masks,
+            pictures=decoded.pictures,
+            reconstruction=decoded.reconstruction,
+            target=target,
+            auxiliary=added,
+            code_tally=tally,
         )
+
+    @torch.no_grad()
+    def move_codes(self, tally: Tensor) -> None:
+        """Moves the codebook by a step's ``code_tally``, summed over the global batch: once a step, on every rank."""
+        assert isinstance(self.slot_attention, MetaSlotAttention)
+        self.slot_attention.codebook.update(tally[:, 0], tally[:, 1:])
 
     def _see(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder is given, and what is to be reconstructed."""
@@ -127,66 +166,38 @@ class SlotAutoencoder(nn.Module):
         target = rearrange(features.detach(), "b (h w) f -> b f h w", h=self.backbone.grid[0])
         return features, at_least_float(target)
 
-    def _decide(self, slots: Tensor, noise: Tensor | None, temperature: float, stage: Stage) -> Gate:
-        if self.gate is None:
+    def _find(
+        self,
+        inputs: Tensor,
+        slot_noise: Tensor | None,
+        gate_noise: Tensor | None,
+        input_noise: Tensor | None,
+        weight: Tensor | None,
+        temperature: float,
+        stage: Stage,
+    ) -> tuple[Tensor, Gate, Tensor, Tensor | None]:
+        """Slots [B, K, D]; which are kept; what that adds to the loss [B]; the codebook's tally."""
+        if isinstance(self.slot_attention, MetaSlotAttention):
+            prune = stage == "deciding"
+            found = self.slot_attention(inputs, noise=slot_noise, input_noise=input_noise, weight=weight, prune=prune)
+            keep = found.keep.to(found.slots.dtype)
+            tally = torch.cat([found.counts[:, None], found.sums], dim=1)
+            return found.slots, Gate(keep, keep), self.commitment * found.commitment, tally
+        slots = self.slot_attention(inputs, noise=slot_noise)
+        if self.gate is not None:
+            gate = self.gate(slots, gate_noise, temperature, stage)
+        else:
             every = torch.ones(slots.shape[:2], device=slots.device)
-            return Gate(every, every)
-        gate: Gate = self.gate(slots, noise, temperature, stage)
-        return gate
+            gate = Gate(every, every)
+        return slots, gate, torch.zeros_like(gate.keep[:, 0]), None
 
-
-def build_autoencoder(
-    *,
-    image_size: int,
-    num_slots: int,
-    slot_dim: int = 64,
-    iterations: int = 3,
-    hidden_dim: int = 128,
-    initial: Initial = "shared",
-    initial_sigma: float | None = None,
-    gradient: Gradient = "full",
-    adaptive: bool = True,
-    keep_bias: float = 0.0,
-    gate_exploration: float = 0.0,
-    gate_gradient: GateGradient = "slope",
-    encoder_channels: int = 32,
-    encoder_kernel: int = 5,
-    encoder_strides: Sequence[int] = (1, 1, 1, 1),
-    encoder_padding: Padding = "centred",
-    decoder_channels: int = 32,
-    decoder_layers: int = 3,
-    decoder_kernel: int = 5,
-    decoder_output_kernel: int = 3,
-    decoder_patch: int = 1,
-    decoder_mask: MaskCell = "pixel",
-) -> SlotAutoencoder:
-    """Puts an autoencoder together from plain numbers; the defaults are the published Tetrominoes model plus the gate.
-
-    Raises:
-        ValueError: sizes that do not fit each other.
-    """
-    if image_size % decoder_patch:
-        raise ValueError(f"decoder_patch: {decoder_patch} does not divide image_size {image_size}")
-    encoder = ConvEncoder(image_size, encoder_channels, encoder_kernel, encoder_strides, encoder_padding)
-    attention = SlotAttention(
-        num_slots,
-        slot_dim,
-        iterations,
-        hidden_dim=hidden_dim,
-        input_dim=encoder.dim,
-        initial=initial,
-        initial_sigma=initial_sigma,
-        gradient=gradient,
-    )
-    decoder = SpatialBroadcastDecoder(
-        slot_dim,
-        image_size // decoder_patch,
-        decoder_channels,
-        decoder_layers,
-        decoder_kernel,
-        decoder_output_kernel,
-        decoder_patch,
-        decoder_mask,
-    )
-    gate = SlotGate(slot_dim, keep_bias=keep_bias, exploration=gate_exploration) if adaptive else None
-    return SlotAutoencoder(encoder, attention, gate, decoder, gate_gradient)
+    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one image's noise by what it is for: slots and inputs take normal noise, the gate Gumbel's."""
+        attention = self.slot_attention
+        shapes: dict[str, tuple[int, ...]] = {"slots": (attention.num_slots, attention.dim)}
+        if self.gate is not None:
+            shapes["gate"] = (attention.num_slots, 2)
+        if isinstance(attention, MetaSlotAttention) and bool(attention.noise_levels.any()):
+            grid: tuple[int, int] = (self.encoder if self.backbone is None else self.backbone).grid  # type: ignore[assignment]
+            shapes["inputs"] = (2, len(attention.noise_levels), math.prod(grid), self.encoder.dim)
+        return shapes

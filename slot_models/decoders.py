@@ -7,9 +7,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slot_models.adaptive import masked_mixture
 from slot_models.checks import check_positive, check_shape
 from slot_models.encoders import glorot
+from slot_models.mixture import MIXTURE_EPS, masked_mixture
 from slot_models.positions import Size, coordinates, height_width
 from slot_models.precision import at_least_float
 
@@ -68,7 +68,19 @@ class MixtureDecoder(Decoder):
     """Every slot draws a picture and mask logits on its own; the reconstruction mixes the pictures of the kept ones.
 
     Mixture and softmax are in float32 at least, under autocast too.
+
+    Args:
+        mixture_eps: of masked_mixture; 0 leaves no trace of a dropped slot's mask.
+
+    Raises:
+        ValueError: it is negative.
     """
+
+    def __init__(self, slot_dim: int, mixture_eps: float = MIXTURE_EPS) -> None:
+        super().__init__(slot_dim)
+        if not mixture_eps >= 0:
+            raise ValueError(f"mixture_eps: {mixture_eps} is negative")
+        self.mixture_eps = mixture_eps
 
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> pictures [B, K, C, H, W], mask logits [B, K, H, W]."""
@@ -78,7 +90,7 @@ class MixtureDecoder(Decoder):
         """See Decoder; the target is not looked at."""
         self.check(slots, keep)
         pictures, mask_logits = map(at_least_float, self.decode(slots))
-        masks = masked_mixture(mask_logits, keep)  # [B, K, H, W]
+        masks = masked_mixture(mask_logits, keep, self.mixture_eps)  # [B, K, H, W]
         reconstruction = (masks[:, :, None] * pictures).sum(dim=1)  # [B, C, H, W]; no einsum: autocast would round it
         return Decoded(reconstruction, masks, pictures, mask_logits)
 
@@ -103,6 +115,7 @@ class SpatialBroadcastDecoder(MixtureDecoder):
         patch: pixels a side that one cell becomes.
         mask: a mask logit for each "pixel", or one for each "cell", shared by its pixels, as decoders of patch
             features have (DINOSAUR, Seitzer et al. 2023).
+        mixture_eps: see MixtureDecoder.
 
     Raises:
         ValueError: a size is not positive, or a kernel is even or wider than the grid.
@@ -118,8 +131,9 @@ class SpatialBroadcastDecoder(MixtureDecoder):
         output_kernel: int = 3,
         patch: int = 1,
         mask: MaskCell = "pixel",
+        mixture_eps: float = MIXTURE_EPS,
     ) -> None:
-        super().__init__(slot_dim)
+        super().__init__(slot_dim, mixture_eps)
         self.grid = height, width = height_width(grid)
         check_positive(grid=min(self.grid), channels=channels, layers=layers, patch=patch)
         for name, size in {"kernel": kernel, "output_kernel": output_kernel}.items():

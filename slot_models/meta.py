@@ -94,7 +94,7 @@ class MetaSlotAttention(nn.Module):
         if not self.second_pass:
             return self._merged(inputs, count, noise, first_noise, input_mask, weight)
 
-        initial = attention.initial_slots(len(inputs), count, noise)  # [B, K, D]
+        initial = attention.initial_slots(inputs.shape[0], count, noise)  # [B, K, D]
         with torch.no_grad():
             found = attention(inputs, slots=initial, input_mask=input_mask, input_noise=first_noise)
             indices = self.codebook.nearest(found)  # [B, K]

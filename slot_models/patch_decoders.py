@@ -8,6 +8,7 @@ from torch.nn import functional
 from slot_models.checks import check_positive
 from slot_models.decoders import MixtureDecoder
 from slot_models.encoders import glorot
+from slot_models.mixture import MIXTURE_EPS
 from slot_models.positions import Size, height_width
 
 
@@ -24,13 +25,22 @@ class MLPPatchDecoder(MixtureDecoder):
         grid: patches a side, or (height, width).
         hidden_dim: width of the hidden layers.
         layers: number of hidden layers.
+        mixture_eps: see MixtureDecoder.
 
     Raises:
         ValueError: a size is not positive.
     """
 
-    def __init__(self, slot_dim: int, features: int, grid: Size, hidden_dim: int = 1024, layers: int = 3) -> None:
-        super().__init__(slot_dim)
+    def __init__(
+        self,
+        slot_dim: int,
+        features: int,
+        grid: Size,
+        hidden_dim: int = 1024,
+        layers: int = 3,
+        mixture_eps: float = MIXTURE_EPS,
+    ) -> None:
+        super().__init__(slot_dim, mixture_eps)
         self.grid = height, width = height_width(grid)
         check_positive(features=features, grid=min(self.grid), hidden_dim=hidden_dim, layers=layers)
         self.features = features

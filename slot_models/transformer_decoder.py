@@ -1,22 +1,16 @@
 """A transformer that predicts each patch from those before it and from the slots."""
 
-import math
-
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slot_models.adaptive import MIXTURE_EPS
 from slot_models.checks import check_positive, check_shape
 from slot_models.decoders import Decoded, Decoder
 from slot_models.encoders import glorot
+from slot_models.mixture import kept_softmax
 from slot_models.positions import Size, height_width
 from slot_models.precision import at_least_float
-
-# How far above the best kept slot a dropped one counts for the slope of keeping it, which is unbounded otherwise; the
-# mixture's epsilon bounds it by as much.
-MOST_AHEAD = -math.log(MIXTURE_EPS)
 
 
 class TransformerDecoder(Decoder):
@@ -139,18 +133,6 @@ class _SlotReading(nn.Module):
             self.to_key_value(memory), "b k (two heads d) -> two b heads k d", two=2, heads=self.heads
         )
         logits = at_least_float(einsum(queries, keys, "b heads n d, b heads k d -> b heads n k")) * self.scale
-        weights = kept_softmax(logits, keep[:, None, None])  # [B, heads, N, K]
+        weights = kept_softmax(logits, keep[:, None, None], dim=-1)  # [B, heads, N, K]
         read = einsum(weights.to(values.dtype), values, "b heads n k, b heads k d -> b heads n d")
         return self.combine(rearrange(read, "b heads n d -> b n (heads d)")), weights
-
-
-def kept_softmax(logits: Tensor, keep: Tensor) -> Tensor:
-    """Softmax over the last dimension, times keep, renormalised; zero everywhere where nothing is kept.
-
-    A dropped entry has exactly no effect, however large it is. The slope in its keep is what the softmax would give it,
-    as long as it is not more than MOST_AHEAD above the kept ones.
-    """
-    keep = keep.to(logits.dtype)
-    highest = logits.detach().masked_fill(keep == 0, -torch.inf).amax(dim=-1, keepdim=True)
-    weights = (logits - highest).clamp(max=MOST_AHEAD).exp() * keep
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=MIXTURE_EPS)  # the sum is at least 1 where one is kept

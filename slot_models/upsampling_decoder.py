@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from slot_models.checks import check_positive
 from slot_models.decoders import MixtureDecoder
 from slot_models.encoders import glorot
+from slot_models.mixture import MIXTURE_EPS
 from slot_models.positions import Size, coordinates, height_width
 from slot_models.same_padding import SameConvTranspose2d
 
@@ -27,6 +28,7 @@ class UpsamplingBroadcastDecoder(MixtureDecoder):
         strides: one for each hidden layer; their product divides the image's sides, and what is left is the grid.
         kernel: odd size of the hidden layers' kernels, no less than a stride.
         output_kernel: odd size of the last layer's kernel.
+        mixture_eps: see MixtureDecoder.
 
     Raises:
         ValueError: a size is not positive or does not fit.
@@ -40,8 +42,9 @@ class UpsamplingBroadcastDecoder(MixtureDecoder):
         strides: Sequence[int] = (2, 2, 2, 2, 1),
         kernel: int = 5,
         output_kernel: int = 3,
+        mixture_eps: float = MIXTURE_EPS,
     ) -> None:
-        super().__init__(slot_dim)
+        super().__init__(slot_dim, mixture_eps)
         height, width = height_width(image_size)
         check_positive(image_size=min(height, width), channels=channels)
         if not strides:

@@ -35,7 +35,7 @@ def trained(recipe: Recipe, data: Data, folder: Path) -> tuple[PlainEngine, list
         if report.done % 4 == 0:
             saver.save(report.done, engine, [("loss", 1.0, report.done, report.done)], {"steps": report.done})
 
-    with training_stream(recipe, data.train) as stream:
+    with training_stream(recipe, data.train, build_model(recipe).noise_shapes()) as stream:
         train(engine, stream, Schedule(recipe.train), hooks=[save])
     saver.wait()
     return engine, reports
@@ -48,7 +48,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(recipe: Recipe, data: Data,
     moments = restore(committed(tmp_path)[0], module)
     engine = PlainEngine(module)
     engine.load_moments(moments, 4)
-    with training_stream(recipe, data.train) as stream:
+    with training_stream(recipe, data.train, build_model(recipe).noise_shapes()) as stream:
         train(engine, stream, Schedule(recipe.train), start=4, hooks=[again.append])
     assert [report.step for report in again] == list(range(4, 12))
     assert all(torch.equal(a.means, b.means) for a, b in zip(again, reports[4:], strict=True))
@@ -163,7 +163,7 @@ def test_nothing_in_a_checkpoint_is_executable(recipe: Recipe, data: Data, tmp_p
 
 def test_another_models_checkpoint_is_refused(recipe: Recipe, data: Data, tmp_path: Path) -> None:
     trained(recipe, data, tmp_path)
-    fixed = build_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"adaptive": False})}))
+    fixed = build_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"gate": None})}))
     with pytest.raises(DamagedCheckpointError, match="parameters differ"):
         restore(committed(tmp_path)[0], fixed)
 

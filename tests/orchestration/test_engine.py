@@ -1,9 +1,9 @@
 """DeepSpeed's stages against a plain torch loop, at several world sizes, in real process groups over gloo."""
 
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,26 +22,37 @@ LEARNING_RATE = 1e-2
 
 
 Curve = list[tuple[float, float, float]]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "published": {"attention": {"kind": "slots", "hidden_dim": 16}, "gate": {}},
+    "demo": {
+        "attention": {"kind": "slots", "hidden_dim": 16, "initial": "per_slot", "gradient": "bilevel"},
+        "gate": {"gradient": "difference", "exploration": 0.05},
+    },
+    "codebook": {
+        "attention": {"kind": "heads", "heads": 2, "dim_head": 8, "hidden_dim": 16, "gradient": "bilevel"},
+        "codebook": {"size": 8, "commitment": 0.1},
+    },
+}
+# A run for each (stage, variant): all variants meet a stage that shards nothing but gradients and one that shards all.
+RUNS = [(0, "published"), (1, "demo"), (2, "published"), (3, "demo"), (1, "codebook"), (3, "codebook")]
+each_run = pytest.mark.parametrize("number", range(len(RUNS)), ids=[f"{stage}-{variant}" for stage, variant in RUNS])
+FIXED = ("encoder.position.weight", "encoder.position.bias")
+CODES = ("slot_attention.codebook.codes", "slot_attention.codebook.counts")
 
 
-def build(demo: bool) -> SlotAutoencoder:
-    """The variants of the published models, or those of the demo."""
+def build(variant: str) -> SlotAutoencoder:
     torch.manual_seed(0)
-    return build_autoencoder(
-        initial="per_slot" if demo else "shared",
-        gradient="bilevel" if demo else "full",
-        gate_gradient="difference" if demo else "slope",
-        gate_exploration=0.05 if demo else 0.0,
+    model = build_autoencoder(
         image_size=SIZE,
         num_slots=SLOTS,
         slot_dim=DIM,
-        hidden_dim=16,
-        encoder_channels=8,
-        encoder_strides=(2, 1),
-        decoder_channels=8,
-        decoder_layers=2,
-        decoder_kernel=3,
+        encoder={"kind": "conv", "channels": 8, "strides": (2, 1), "padding": "centred"},
+        decoder={"kind": "broadcast", "channels": 8, "layers": 2, "kernel": 3},
+        **VARIANTS[variant],
     )
+    if variant == "codebook":  # and a part that is not trained, as a frozen backbone is
+        model.encoder.position.requires_grad_(False)
+    return model
 
 
 def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,23 +74,28 @@ def run(engine: Engine, first: int, last: int, largest: int = 3) -> Curve:
     curve = []
     for step in range(first, last):
         images, slots, gate = batch(step)
-        total = torch.zeros(1)
+        total, tally = torch.zeros(1), None
         for start in range(0, len(places), size):
             chosen = torch.tensor(places[start : start + size])
-            share = torch.tensor(weights[start : start + size]) / BATCH
-            output = engine(images[chosen], slots[chosen], gate[chosen], stage=STAGES[min(step, 2)])
+            real = torch.tensor(weights[start : start + size])
+            share = real / BATCH
+            output = engine(images[chosen], slots[chosen], gate[chosen], weight=real, stage=STAGES[min(step, 2)])
             loss = (output.reconstruction - images[chosen]).square().mean((1, 2, 3)) + 0.05 * output.keep.mean(1)
-            loss = loss + output.gate_term
+            loss = loss + output.auxiliary
+            if output.code_tally is not None:
+                tally = output.code_tally if tally is None else tally + output.code_tally
             total += (loss * share).sum().detach()
             engine.backward(loss, share)
         engine.step(LEARNING_RATE)
+        if tally is not None:
+            engine.module.move_codes(engine.sum(tally))
         error = (engine.evaluate(images).reconstruction - images).square().mean()
         curve.append((float(engine.sum(total)), engine.gradient_norm(), float(error)))
     return curve
 
 
-def plain(demo: bool, largest: int) -> tuple[Curve, dict[str, dict[str, Tensor]]]:
-    engine = PlainEngine(build(demo), clip_norm=0.5)
+def plain(variant: str, largest: int) -> tuple[Curve, dict[str, dict[str, Tensor]]]:
+    engine = PlainEngine(build(variant), clip_norm=0.5)
     return run(engine, 0, END, largest), dict(engine.named_state(owned=False))
 
 
@@ -88,40 +104,34 @@ def deepspeed(world: int, stage: int, module: SlotAutoencoder, precision: Precis
     return DeepSpeedEngine(module, micro_batches=accumulation, zero_stage=stage, clip_norm=0.5, precision=precision)
 
 
-def resumed(world: int, stage: int, demo: bool, state: dict[str, dict[str, Tensor]]) -> DeepSpeedEngine:
-    module = build(demo)
+def resumed(world: int, stage: int, variant: str, state: dict[str, dict[str, Tensor]]) -> DeepSpeedEngine:
+    module = build(variant)
     module.load_state_dict({name: tensors["weight"] for name, tensors in state.items()})
     engine = deepspeed(world, stage, module)
     engine.load_moments(state, BREAK)
     return engine
 
 
-def is_demo(stage: int) -> bool:
-    """Each kind of model in two of the four stages; resumed in the next stage, each meets all of them."""
-    return stage % 2 == 1
-
-
-def train_all_stages(rank: int, world: int, folder: Path) -> None:
-    for stage in range(4):
-        demo = is_demo(stage)
-        engine = deepspeed(world, stage, build(demo))
+def train_all(rank: int, world: int, folder: Path) -> None:
+    for number, (stage, variant) in enumerate(RUNS):
+        engine = deepspeed(world, stage, build(variant))
         before = run(engine, 0, BREAK)
         state = dict(engine.named_state(owned=False))
         owned = [name for name, _ in engine.named_state(owned=True)]
         after = run(engine, BREAK, END)
         final = dict(engine.named_state(owned=False))
-        again = run(resumed(world, stage, demo, state), BREAK, END)
-        elsewhere = run(resumed(world, (stage + 1) % 4, demo, state), BREAK, END)
+        again = run(resumed(world, stage, variant, state), BREAK, END)
+        elsewhere = run(resumed(world, (stage + 1) % 4, variant, state), BREAK, END)
         facts = {"curve": before + after, "again": again, "elsewhere": elsewhere, "state": state, "final": final}
-        torch.save({**facts, "owned": owned}, folder / f"stage-{stage}-rank-{rank}.pt")
-    torch.save(run(deepspeed(world, 2, build(is_demo(2)), "bf16"), 0, 5), folder / f"bf16-rank-{rank}.pt")
+        torch.save({**facts, "owned": owned}, folder / f"run-{number}-rank-{rank}.pt")
+    torch.save(run(deepspeed(world, 2, build("published"), "bf16"), 0, 5), folder / f"bf16-rank-{rank}.pt")
 
 
-def resume_all_stages(rank: int, world: int, folder: Path) -> None:
-    for stage in range(4):
-        state = torch.load(folder / f"stage-{stage}-rank-0.pt")["state"]
-        curve = run(resumed(world, stage, is_demo(stage), state), BREAK, END)
-        torch.save(curve, folder / f"resumed-{world}-{stage}-rank-{rank}.pt")
+def resume_all(rank: int, world: int, folder: Path) -> None:
+    for number, (stage, variant) in enumerate(RUNS):
+        state = torch.load(folder / f"run-{number}-rank-0.pt")["state"]
+        curve = run(resumed(world, stage, variant, state), BREAK, END)
+        torch.save(curve, folder / f"resumed-{world}-{number}-rank-{rank}.pt")
 
 
 def spawn(body: Callable[[int, int, Path], None], world: int, folder: Path) -> None:
@@ -141,9 +151,9 @@ def _enter(rank: int, world: int, folder: Path, rendezvous: Path, body: Callable
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two workers did in every stage, and how one and three went on from it."""
     folder = tmp_path_factory.mktemp("engines")
-    spawn(train_all_stages, 2, folder)
+    spawn(train_all, 2, folder)
     for world in (1, 3):
-        spawn(resume_all_stages, world, folder)
+        spawn(resume_all, world, folder)
     return folder
 
 
@@ -154,19 +164,30 @@ def close(ours: Curve, theirs: Curve, loss: float, norm: float) -> None:
         assert error_a == pytest.approx(error_b, rel=10 * loss)  # after an update
 
 
-@pytest.mark.parametrize("demo", [False, True])
-def test_accumulation_and_padding_do_not_change_the_plain_loop(demo: bool) -> None:
-    close(plain(demo, BATCH)[0], plain(demo, 3)[0], loss=1e-6, norm=1e-5)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accumulation_and_padding_do_not_change_the_plain_loop(variant: str) -> None:
+    close(plain(variant, BATCH)[0], plain(variant, 3)[0], loss=1e-6, norm=1e-5)
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_a_stage_on_two_workers_trains_as_one_plain_process_does(folder: Path, stage: int) -> None:
-    curve, weights = plain(is_demo(stage), BATCH)
-    start = dict(build(is_demo(stage)).named_parameters())
+@each_run
+def test_a_stage_on_two_workers_trains_as_one_plain_process_does(folder: Path, number: int) -> None:
+    variant = RUNS[number][1]
+    curve, everything = plain(variant, BATCH)
+    start = build(variant).state_dict()
+    weights = {name: state for name, state in everything.items() if "exp_avg_sq" in state}
+    others = everything.keys() - weights.keys()
+    assert others == (set() if variant != "codebook" else set(FIXED) | set(CODES))
     for rank in range(2):
-        facts = torch.load(folder / f"stage-{stage}-rank-{rank}.pt")
+        facts = torch.load(folder / f"run-{number}-rank-{rank}.pt")
         close(facts["curve"], curve, loss=1e-5, norm=1e-4)
-        assert facts["final"].keys() == weights.keys()
+        final = facts["final"]
+        assert final.keys() == everything.keys()
+        for name in others:
+            assert final[name].keys() == {"weight"}
+            moved = name in CODES
+            assert torch.equal(final[name]["weight"], start[name]) == (not moved)
+            assert torch.allclose(final[name]["weight"], everything[name]["weight"], rtol=1e-4, atol=1e-5)
+        facts["final"] = {name: final[name] for name in weights}
         squares = torch.cat([state["exp_avg_sq"].flatten() for state in weights.values()])
         seen = squares > 1e-9 * squares.max()
         # The rest is what the softmax over slots cannot see: a gradient of rounding, which Adam divides by itself.
@@ -178,34 +199,36 @@ def test_a_stage_on_two_workers_trains_as_one_plain_process_does(folder: Path, s
             assert (ours - theirs)[seen].norm() < 1e-3 * moved[seen].norm(), kind
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_an_unchanged_world_goes_on_bit_for_bit(folder: Path, stage: int) -> None:
-    facts = torch.load(folder / f"stage-{stage}-rank-0.pt")
+@each_run
+def test_an_unchanged_world_goes_on_bit_for_bit(folder: Path, number: int) -> None:
+    facts = torch.load(folder / f"run-{number}-rank-0.pt")
     assert facts["again"] == facts["curve"][BREAK:]
 
 
-@pytest.mark.parametrize(("stage", "world"), [*itertools.product(range(4), (1, 3))])
-def test_any_other_world_goes_on(folder: Path, stage: int, world: int) -> None:
-    unbroken = torch.load(folder / f"stage-{stage}-rank-0.pt")["curve"][BREAK:]
-    curve = torch.load(folder / f"resumed-{world}-{stage}-rank-0.pt")
+@each_run
+@pytest.mark.parametrize("world", [1, 3])
+def test_any_other_world_goes_on(folder: Path, number: int, world: int) -> None:
+    unbroken = torch.load(folder / f"run-{number}-rank-0.pt")["curve"][BREAK:]
+    curve = torch.load(folder / f"resumed-{world}-{number}-rank-0.pt")
     close(curve[:1], unbroken[:1], loss=1e-6, norm=1e-5)
     close(curve, unbroken, loss=1e-5, norm=1e-4)
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_any_other_stage_goes_on(folder: Path, stage: int) -> None:
-    facts = torch.load(folder / f"stage-{stage}-rank-0.pt")
+@each_run
+def test_any_other_stage_goes_on(folder: Path, number: int) -> None:
+    facts = torch.load(folder / f"run-{number}-rank-0.pt")
     close(facts["elsewhere"], facts["curve"][BREAK:], loss=1e-5, norm=1e-4)
 
 
-def test_parameters_are_dealt_out_to_the_ranks_without_gap_or_repetition(folder: Path) -> None:
-    owned = [torch.load(folder / f"stage-2-rank-{rank}.pt")["owned"] for rank in range(2)]
-    assert sorted(owned[0] + owned[1]) == sorted(name for name, _ in build(is_demo(2)).named_parameters())
+@each_run
+def test_names_are_dealt_out_to_the_ranks_without_gap_or_repetition(folder: Path, number: int) -> None:
+    owned = [torch.load(folder / f"run-{number}-rank-{rank}.pt")["owned"] for rank in range(2)]
+    assert sorted(owned[0] + owned[1]) == sorted(build(RUNS[number][1]).state_dict())
     assert abs(len(owned[0]) - len(owned[1])) <= 1
 
 
 def test_bf16_follows_fp32(folder: Path) -> None:
     bf16 = torch.load(folder / "bf16-rank-0.pt")
-    fp32 = torch.load(folder / "stage-2-rank-0.pt")["curve"][:5]
+    fp32 = torch.load(folder / "run-2-rank-0.pt")["curve"][:5]
     assert [loss for loss, *_ in bf16] == pytest.approx([loss for loss, *_ in fp32], rel=1e-2)
     assert bf16 != fp32

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, jaccard_score
 
 from orchestration.evaluate import evaluate
 from orchestration.rank import Data, build_model, evaluation_batches
@@ -15,13 +15,18 @@ def test_evaluation_is_the_mean_over_images_whatever_the_batches_and_ranks(recip
     stream, steps = evaluation_batches(recipe, data.eval)
     with stream:
         micros = [micro for step in range(steps) for micro in stream.step(step)]
-    indices, errors, kept, objects = [], [], [], []
+    indices, overlaps, errors, kept, objects = [], [], [], [], []
     for micro in micros:
         for row in torch.nonzero(micro.weight).flatten():
             with torch.no_grad():
                 output = model(micro.images[row : row + 1])
             true, found = micro.masks[row].flatten(), output.masks[0].argmax(dim=0).flatten()
             indices.append(adjusted_rand_score(true[true > 0], found[true > 0]))
+            ious = [
+                max(jaccard_score(true == label, found == slot) for slot in range(4))
+                for label in true[true > 0].unique()
+            ]
+            overlaps.append(sum(ious) / len(ious))
             errors.append(float((output.reconstruction - micro.images[row]).square().mean()))
             kept.append(int(output.keep.sum()))
             objects.append(int(micro.num_objects[row]))
@@ -42,6 +47,7 @@ def test_evaluation_is_the_mean_over_images_whatever_the_batches_and_ranks(recip
         )
     assert evaluation.images == 30
     assert evaluation.fg_ari == pytest.approx(sum(indices) / 30, abs=1e-9)
+    assert evaluation.means["mbo"] == pytest.approx(sum(overlaps) / 30, abs=1e-9)
     assert evaluation.reconstruction == pytest.approx(sum(errors) / 30, rel=1e-5)
     assert evaluation.counts is not None
     differences = [abs(k - n) for k, n in zip(kept, objects, strict=True)]

@@ -23,13 +23,19 @@ WRONG = [
     ("data.scenes=null", ["data", "neither", "give one of the two"]),
     ("data.train=/shards", ["data", "both given", "give one of the two"]),
     ("model.image_size=20", ["model.image_size", "20", "set it to 21"]),
-    ("model.adaptive=false", ["train.keep_weight", "0.", "model.adaptive: true"]),
+    ("model.gate=null", ["train.keep_weight", "0.", "model.gate: {}"]),
+    ("model.encoder={kind: cnn}", ["model.encoder.kind", "'cnn'", "'conv', 'vit'"]),
+    ("model.encoder={chanels: 3}", ["model.encoder.chanels:", "3", "'channels'"]),
+    ("model.encoder.kernel=0", ["model.encoder.kernel:", "0", "greater than 0"]),
+    ("model.decoder={kind: mlp}", ["model.decoder:", "'mlp'", "broadcast or upsampling"]),
+    ("model.attention={kind: heads, heads: 2.5}", ["model.attention.heads:", "2.5", "integer"]),
+    ("model.codebook={}", ["model.codebook:", "gate", "null"]),
     ("train.steps=10", ["train.decay_steps", "more than train.steps: 10", "lower it or train longer"]),
     ("train.random_from=5000", ["train.random_from", "5000", "after train.gate_from", "set null"]),
     ("train.gate_from=100000", ["train.gate_from", "100000", "lower it"]),
     ("evaluate.background_slots=9", ["evaluate.background_slots", "9", "lower it"]),
     ("registry.floors={fg_ari: 2}", ["registry.floors.fg_ari", "2", "less than or equal to 1"]),
-    ("registry.floors={ari: 0.5}", ["registry.floors.ari", "fg_ari"]),
+    ("registry.floors={iou: 0.5}", ["registry.floors.iou", "fg_ari"]),
     ("name=../escape", ["name", "'../escape'"]),
     ("sead=1", ["sead", "'seed'"]),
     ("train.batch_size", ["--set train.batch_size", "section.field=value"]),
@@ -62,7 +68,7 @@ def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path: Path) -> None
 
 
 def test_the_entry_point_exits_with_2_before_anything_starts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "orchestration.train", "--recipe", "demo", "--set", "model.encoder_strides=[2]"]
+    command = [sys.executable, "-m", "orchestration.train", "--recipe", "demo", "--set", "model.encoder.strides=[2]"]
     done = subprocess.run(command, capture_output=True, text=True, env={"SLOTFORGE_HOME": str(tmp_path)})
     assert done.returncode == 2
     assert "model: strides: 2 does not divide the size 21" in done.stderr

@@ -127,7 +127,7 @@ def test_a_run_tells_its_recipe_and_its_data(recipe: Recipe, folder: RunFolder) 
     run = tracker.client.get_run(tracker.run_id)
     assert run.info.run_name == "small"
     assert run.data.params["train.batch_size"] == "16"
-    assert run.data.params["model.encoder_strides"] == "[2, 1]"
+    assert run.data.params["model.encoder.strides"] == "[2, 1]"
     assert run.data.tags["slotforge.data.train"] == "abc"
     assert run.data.tags["slotforge.recipe_digest"] == recipe.digest()
     assert [artifact.path for artifact in tracker.client.list_artifacts(tracker.run_id)] == ["recipe.yaml"]

@@ -64,7 +64,7 @@ def test_slices_of_a_step_add_up_to_it_for_every_world_size(recipe: Recipe, data
         reports: list[StepReport] = []
         engine = PlainEngine(build_model(recipe))
         one = changed(changed(recipe, "train", micro_batch=3), "train", steps=1, gate_from=0)
-        with training_stream(one, data.train, rank, world) as stream:
+        with training_stream(one, data.train, build_model(one).noise_shapes(), rank, world) as stream:
             train(engine, stream, Schedule(one.train), hooks=[reports.append])
         return reports[0]
 
@@ -79,7 +79,7 @@ def test_points_are_those_of_every_nth_step_and_carry_their_time(recipe: Recipe,
     engine = PlainEngine(build_model(recipe))
     curves = Curves(engine, every=3, num_slots=4, now=lambda: float(next(seconds)))
     reports: list[StepReport] = []
-    with training_stream(recipe, data.train) as stream:
+    with training_stream(recipe, data.train, build_model(recipe).noise_shapes()) as stream:
         train(engine, stream, Schedule(recipe.train), hooks=[reports.append, curves.record])
     curves.add({"eval/fg_ari": 0.5}, 6)
     points = curves.take()
@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(recipe: Reci
     engine = PlainEngine(build_model(recipe))
     curves = Curves(engine, every=10, num_slots=4)
     wild = changed(recipe, "train", learning_rate=1e30, steps=4)
-    with training_stream(wild, data.train) as stream:
+    with training_stream(wild, data.train, build_model(wild).noise_shapes()) as stream:
         train(engine, stream, Schedule(wild.train), hooks=[curves.record])
     with pytest.raises(DivergedError, match=r"loss/total: (nan|inf) at step [234]; lower train.learning_rate"):
         curves.take()
@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(recipe: Reci
 def test_the_ledger_of_a_run_holds_every_sample_once_an_epoch(recipe: Recipe, data: Data, tmp_path: Path) -> None:
     epoch = changed(recipe, "train", steps=13)
     engine = PlainEngine(build_model(epoch))
-    with training_stream(epoch, data.train, ledger=tmp_path / "ledger") as stream:
+    with training_stream(epoch, data.train, build_model(epoch).noise_shapes(), ledger=tmp_path / "ledger") as stream:
         train(engine, stream, Schedule(epoch.train))
     samples = [int(line.split()[3]) for line in (tmp_path / "ledger").read_text().splitlines()]
     assert sorted(samples) == list(range(200))

@@ -349,7 +349,7 @@ def test_the_loss_points_where_the_papers_sum_form_does(batch: int, size: int) -
     """The paper: error summed over an image's values, lambda x mean of keep over batch and slots, batch mean. Ours: the
     error's mean and lambda / (C H W), per image."""
     torch.manual_seed(0)
-    model = build_autoencoder(image_size=size, num_slots=4, slot_dim=8, encoder_channels=8, decoder_channels=8).double()
+    model = build_autoencoder(image_size=size, num_slots=4, slot_dim=8, gate={}).double()
     randomise(model)
     images = normal(batch, 3, size, size)
     output = model(images, normal(batch, 4, 8, seed=3), gumbel(batch, 4, 2))

@@ -103,6 +103,24 @@ def test_only_the_kept_slots_have_a_part(
 
 
 @each_decoder
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+def test_without_epsilon_a_dropped_slot_has_exactly_no_effect(kind: str, spread: float) -> None:
+    decoder = build(kind, 5, (3, 4))
+    if isinstance(decoder, MixtureDecoder):
+        decoder.mixture_eps = 0.0
+    slots, keep, target = spread * normal(3, 4, 5), some_kept(3, 4, 1), target_of(decoder, 3)
+    assert keep.min() == 0
+    other = torch.where(keep[..., None] > 0, slots, 50 * spread * normal(3, 4, 5, seed=7))
+    with torch.no_grad():
+        first, second = decoder(slots, keep, target), decoder(other, keep, target)
+        assert torch.equal(second.reconstruction, first.reconstruction) and torch.equal(second.masks, first.masks)
+        for row in range(3):
+            kept = slots[row, keep[row] > 0][None]
+            alone = decoder(kept, torch.ones(kept.shape[:2]).double(), target[row : row + 1])
+            assert distance(first.reconstruction[row], alone.reconstruction[0]) <= 1e-10
+
+
+@each_decoder
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(**sizes)
 def test_the_order_of_slots_is_the_order_of_masks_and_changes_nothing_else(

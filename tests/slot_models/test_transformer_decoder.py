@@ -10,7 +10,8 @@ from slot_oracles import distance, randomise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slot_models.transformer_decoder import TransformerDecoder, kept_softmax
+from slot_models.mixture import kept_softmax
+from slot_models.transformer_decoder import TransformerDecoder
 
 
 def normal(*shape: int, seed: int = 2) -> Tensor:
@@ -112,7 +113,7 @@ def test_kept_softmax_is_the_softmax_of_the_kept_however_large_the_dropped(
     values = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     kept = torch.tensor(keep)
     gate = kept.double().requires_grad_()
-    weights = kept_softmax(values, gate)
+    weights = kept_softmax(values, gate, dim=-1)
     assert (weights[~kept] == 0).all()
     if any(keep):
         assert torch.allclose(weights[kept], values[kept].softmax(dim=0), atol=1e-12, rtol=1e-12)
@@ -128,7 +129,8 @@ def test_the_slope_of_keeping_a_slot_is_that_of_the_renormalised_softmax() -> No
         return share / share.sum(dim=-1, keepdim=True)
 
     ours, expected = (
-        torch.autograd.functional.jacobian(function, keep) for function in (lambda k: kept_softmax(logits, k), plain)
+        torch.autograd.functional.jacobian(function, keep)
+        for function in (lambda k: kept_softmax(logits, k, dim=-1), plain)
     )
     assert distance(ours, expected) <= 1e-12
 

@@ -34,8 +34,6 @@ def timm() -> Iterator[Any]:
     library = None
     try:
         import timm
-    except ImportError as error:
-        pytest.skip(f"timm is not installed: {error}")
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "torchvision")]:
             del sys.modules[name]
