@@ -12,6 +12,7 @@ from rich.console import Console
 
 from orchestration.recipe import RecipeError, load_recipe, recipe_names, state_home
 from pipelines.ingest.formats import FORMATS
+from pipelines.scenes import RENDERERS
 
 if TYPE_CHECKING:
     from orchestration.prepare import Spread
@@ -96,7 +97,7 @@ Local = Annotated[bool, typer.Option("--local", help="work in this process alone
 
 @shards.command(epilog="For example: slotforge shards make tetrominoes shards --count 60000 --eval 320")
 def make(
-    scenes: Annotated[str | None, typer.Argument(metavar="[SET]", help="what to render, such as tetrominoes")] = None,
+    scenes: Annotated[str | None, typer.Argument(metavar="[SET]", help=f"one of {', '.join(RENDERERS)}")] = None,
     out: Annotated[Path | None, typer.Argument(help="gets the folders train and eval")] = None,
     count: Annotated[int, typer.Option(min=1, help="training scenes")] = 60_000,
     held_out: Annotated[int, typer.Option("--eval", min=0, help="held-out scenes")] = 320,

@@ -11,14 +11,13 @@ from typing import Any
 import yaml
 from rich.progress import Progress, TaskID
 
-import pipelines.scenes
 from orchestration.rank import Data, sources_of, training_stream
 from orchestration.recipe import Recipe, RecipeError, ScenesSection, SetSection, state_home
 from orchestration.run_folder import Lease, LeaseHeldError, RunFolder
 from pipelines import DataError, Index, Shard, WeightedSet, read_index, write_index
 from pipelines.ingest import Ingest, Ingested, Piece, Written
 from pipelines.ingest.job import SETS
-from pipelines.scenes import Renderer, Tetrominoes
+from pipelines.scenes import RENDERERS, Renderer, Tetrominoes
 from pipelines.scenes.render import render_shard
 from pipelines.sets import Place, Sets, place_of
 from pipelines.shards import INDEXED, expected_kinds, index_shard, tar_names, unlisted, verify_shard
@@ -115,8 +114,9 @@ def _render(
     scenes: ScenesSection, folder: Path, sizes: list[int], first: int, progress: Progress, bar: TaskID
 ) -> Index:
     about = {"scenes": scenes.model_dump(mode="json"), "set": folder.name, "masks": True}
+    shards = [(renderer(scenes), scenes.seed, first + number, size) for number, size in enumerate(sizes)]
     try:
-        return _rendered(renderer(scenes), scenes.seed, folder, sizes, first, over_ray, about, progress, bar)
+        return _rendered(folder, shards, about, over_ray, progress, bar)
     except ValueError as error:
         raise DataError(f"data.scenes: a shard could not be rendered: {error}") from error
 
@@ -178,7 +178,7 @@ def make_set(
     spread: Spread,
     progress: Progress,
 ) -> list[Index]:
-    """Render `out`/train and `out`/eval, each scene in one of them only.
+    """Render `out`/train and `out`/eval, each scene in one of them only; how they are cut into shards changes no scene.
 
     Args:
         scenes: what renders; `name` is recorded with its fields.
@@ -192,13 +192,14 @@ def make_set(
     about = {"scenes": {"set": name, "seed": seed, **json.loads(json.dumps(fields))}, "masks": True}
     bar = progress.add_task(f"rendering {name}", total=sum(counts))
     indices: list[Index] = []
-    first = 0
+    shards = scene = 0  # counted on through both sets: other numbers, other scenes
     for part, count in zip(SETS, counts, strict=True):
-        sizes = _shard_sizes(count, per_shard)
-        if sizes:
-            of_set = about | {"set": part}
-            indices.append(_rendered(scenes, seed, out / part, sizes, first, spread, of_set, progress, bar))
-        first += len(sizes)  # other numbers: other scenes
+        of_set = []
+        for size in _shard_sizes(count, per_shard):
+            of_set.append((scenes, seed, shards, size, scene))
+            shards, scene = shards + 1, scene + size
+        if of_set:
+            indices.append(_rendered(out / part, of_set, about | {"set": part}, spread, progress, bar))
     return indices
 
 
@@ -246,11 +247,6 @@ def verify_set(folder: Path, index: Index, spread: Spread, progress: Progress) -
     yield from unlisted(folder, index)
 
 
-def scene_sets() -> Mapping[str, Renderer]:
-    """The renderers by name, each with its set's published parameters."""
-    return dict(getattr(pipelines.scenes, "RENDERERS", {"tetrominoes": Tetrominoes()}))
-
-
 def scene_set(name: str, options: Sequence[str]) -> Renderer:
     """A renderer with some of its fields changed.
 
@@ -260,10 +256,9 @@ def scene_set(name: str, options: Sequence[str]) -> Renderer:
     Raises:
         ValueError: the set, a field or a value is wrong.
     """
-    known = scene_sets()
-    if name not in known:
-        raise ValueError(f"{name!r} is not a set that is rendered here; use one of {', '.join(sorted(known))}")
-    scenes = known[name]
+    if name not in RENDERERS:
+        raise ValueError(f"{name!r} is not a set that is rendered here; use one of {', '.join(RENDERERS)}")
+    scenes = RENDERERS[name]
     assert is_dataclass(scenes) and not isinstance(scenes, type)
     fields = asdict(scenes)
     changed: dict[str, Any] = {}
@@ -285,32 +280,28 @@ def scene_set(name: str, options: Sequence[str]) -> Renderer:
 
 
 def _rendered(
-    scenes: Renderer,
-    seed: int,
     folder: Path,
-    sizes: list[int],
-    first: int,
-    spread: Spread,
+    shards: Sequence[tuple[Any, ...]],
     about: Mapping[str, Any],
+    spread: Spread,
     progress: Progress,
     bar: TaskID,
 ) -> Index:
-    """Shards `first`, `first` + 1, ... of a set, and its index."""
-    calls = [(folder, scenes, seed, first + number, size) for number, size in enumerate(sizes)]
-    shards: dict[int, Shard] = {}
-    for number, shard in spread(_render_one, calls):
-        shards[number] = shard
+    """A set of rendered shards, and its index; a shard is what `render_shard` takes after the folder."""
+    made: dict[int, Shard] = {}
+    for number, shard in spread(_render_one, [(folder, *arguments) for arguments in shards]):
+        made[number] = shard
         progress.advance(bar, shard.samples)
-    if foreign := {path.name for path in folder.glob("*.tar")} - {shard.name for shard in shards.values()}:
+    if foreign := {path.name for path in folder.glob("*.tar")} - {shard.name for shard in made.values()}:
         raise DataError(
             f"{folder}: holds {min(foreign)}, which is not a shard of this set ({len(foreign)} such files); "
             "remove them or name another folder"
         )
-    return write_index(folder, [shards[number] for number in range(len(sizes))], about)
+    return write_index(folder, [made[number] for number in range(len(shards))], about)
 
 
-def _render_one(folder: Path, scenes: Renderer, seed: int, shard: int, count: int) -> Iterator[Shard]:
-    yield render_shard(folder, scenes, seed, shard, count)
+def _render_one(folder: Path, *arguments: Any) -> Iterator[Shard]:
+    yield render_shard(folder, *arguments)
 
 
 def _write_piece(piece: Piece, out: Path) -> Iterator[Written]:

@@ -183,9 +183,10 @@ def _in_view(picture: Picture) -> Picture:
     masks = picture.masks
     if masks is None or picture.num_objects is not None:
         return picture
-    present = np.unique(masks)
-    present = present[present > 0]  # ids of the objects in view, in order
-    renumbered = np.where(masks > 0, np.searchsorted(present, masks) + 1, 0)
+    present = np.flatnonzero(np.bincount(masks.ravel())[1:]) + 1  # [n] ids of the objects in view, in order
+    label = np.zeros(int(masks.max(initial=0)) + 1, dtype=np.int64)
+    label[present] = np.arange(1, len(present) + 1)
+    renumbered = label[masks]
     return Picture(
         image=picture.image,
         masks=renumbered,

@@ -12,6 +12,8 @@ from typer.testing import CliRunner, Result
 
 from orchestration.cli import app
 from pipelines import read_index
+from pipelines.scenes import RENDERERS
+from pipelines.shards import read_sample
 
 
 def run(*words: object) -> Result:
@@ -50,6 +52,25 @@ def test_a_set_is_made_verified_damaged_and_looked_at(tmp_path: Path) -> None:
     path.unlink()
     assert run("verify", tmp_path / "t" / "eval", "--local").exit_code == 0
     assert run("verify", tmp_path / "nowhere", "--local").exit_code == 1
+
+
+def test_every_registered_set_is_made_however_it_is_cut(tmp_path: Path) -> None:
+    assert set(RENDERERS) >= {"tetrominoes"}
+    for name in sorted(set(RENDERERS) - {"clevr"}):  # CLEVR's renderer is an extra, and slow
+        scenes = []
+        for per_shard in (3, 10):
+            out = tmp_path / name / str(per_shard)
+            words = ("make", name, out, "--count", 8, "--eval", 2, "--seed", 5, "--per-shard", per_shard, "--local")
+            result = run(*words)
+            assert result.exit_code == 0, result.output
+            samples = []
+            for part in ("train", "eval"):
+                assert run("verify", out / part, "--local").exit_code == 0
+                for shard in read_index(out / part).shards:
+                    rows = (read_sample(out / part, shard.name, row)[1] for row in range(shard.samples))
+                    samples += [(members["image.png"], members["masks.png"], members["json"]) for members in rows]
+            scenes.append(samples)
+        assert scenes[0] == scenes[1] and len(set(scenes[0])) == 10
 
 
 def test_images_are_ingested_and_bad_ones_stop_it(tmp_path: Path) -> None:
