@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, and damage is seen."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -19,10 +20,19 @@ from orchestration.checkpoints import (
 )
 from orchestration.engine import PlainEngine
 from orchestration.rank import Data, build_model, training_stream
-from orchestration.recipe import Recipe
+from orchestration.recipe import Recipe, parse_recipe
 from orchestration.run_folder import LeaseLostError
 from orchestration.schedule import Schedule
 from orchestration.worker import DivergedError, StepReport, train
+
+
+def with_codebook(recipe: Recipe) -> Recipe:
+    """Heads and a codebook instead of the gate; the codebook prunes from step 3."""
+    fields = recipe.model_dump(mode="json")
+    fields["model"] |= {"gate": None, "codebook": {"size": 8, "commitment": 0.1}}
+    fields["model"]["attention"] = {"kind": "heads", "heads": 2, "dim_head": 8, "gradient": "bilevel"}
+    fields["train"]["keep_weight"] = 0
+    return parse_recipe(fields)
 
 
 def trained(recipe: Recipe, data: Data, folder: Path) -> tuple[PlainEngine, list[StepReport]]:
@@ -41,7 +51,10 @@ def trained(recipe: Recipe, data: Data, folder: Path) -> tuple[PlainEngine, list
     return engine, reports
 
 
-def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(recipe: Recipe, data: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["gate", "codebook"])
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(recipe: Recipe, data: Data, tmp_path: Path, variant: str) -> None:
+    if variant == "codebook":
+        recipe = with_codebook(recipe)
     unbroken, reports = trained(recipe, data, tmp_path)
     assert [checkpoint.steps for checkpoint in committed(tmp_path)] == [4, 8, 12]
     module, again = build_model(recipe), []
@@ -55,6 +68,16 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(recipe: Recipe, data: Data,
     states = dict(engine.named_state(owned=False)), dict(unbroken.named_state(owned=False))
     for name, state in states[0].items():
         assert all(torch.equal(state[kind], states[1][name][kind]) for kind in state), name
+
+
+def test_a_checkpoint_keeps_the_codebook(recipe: Recipe, data: Data, tmp_path: Path) -> None:
+    recipe = with_codebook(recipe)
+    trained(recipe, data, tmp_path)
+    fresh = build_model(recipe).state_dict()
+    saved = [checkpoint.weights() for checkpoint in committed(tmp_path)]
+    name = "slot_attention.codebook.codes"
+    assert all(weights.keys() == fresh.keys() for weights in saved)
+    assert all(not torch.equal(a[name], b[name]) for a, b in itertools.pairwise([fresh, *saved]))
 
 
 def cut(path: Path) -> None:

@@ -114,3 +114,13 @@ def test_the_gate_and_its_penalty_start_when_the_recipe_says() -> None:
     weights = [schedule.keep_weight(step) for step in (99, 100, 1100, 2100)]
     assert weights == pytest.approx([0, 0.2, 0.15, 0.1])
     assert schedule.learning_rate(schedule.steps - 1) == pytest.approx(schedule.learning_rate(1000) / 1000)
+
+
+def test_the_temperature_falls_by_equal_factors_once_the_gate_decides() -> None:
+    fields = {"steps": 1100, "decay_steps": 0, "random_from": 40, "gate_from": 100, "temperature": 2.0}
+    fixed, falling = (
+        Schedule(load_recipe("demo", [f"train.{name}={value}" for name, value in (fields | end).items()]).train)
+        for end in ({}, {"temperature_end": 0.02})
+    )
+    assert {fixed.temperature(step) for step in range(0, 1100, 50)} == {2.0}
+    assert [falling.temperature(step) for step in (0, 100, 600, 1100)] == pytest.approx([2.0, 2.0, 0.2, 0.02])

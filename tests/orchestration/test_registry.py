@@ -22,7 +22,7 @@ IMAGES = np.random.Generator(np.random.Philox(key=[1, 2])).integers(0, 256, (3, 
 
 
 def evaluation(fg_ari: float) -> Evaluation:
-    return Evaluation(30, 0.1, fg_ari, SlotCounts(torch.eye(5, dtype=torch.float64)))
+    return Evaluation(30, {"reconstruction": 0.1, "fg_ari": fg_ari}, SlotCounts(torch.eye(5, dtype=torch.float64)))
 
 
 def submit(recipe: Recipe, name: str, fg_ari: float, held_out: str = "shards", floor: float = 0.5) -> Registered:
