@@ -15,7 +15,7 @@ from pipelines.ingest.formats import FORMATS
 from pipelines.scenes import RENDERERS
 
 if TYPE_CHECKING:
-    from orchestration.prepare import Spread
+    from orchestration.shard_work import Spread
 
 app = typer.Typer(
     help="Train object-centric models with adaptive slots: shards in, a registered model out.",
@@ -121,11 +121,12 @@ def make(
         return
     if scenes is None or out is None:
         _fail("give a SET and a folder: slotforge shards make tetrominoes shards --count 60000", 2)
-    from orchestration.prepare import make_set, scene_set
+    from orchestration.shard_work import make_set, scene_fields, scene_set
 
     clock = time.perf_counter()
     try:
-        renderer = scene_set(scenes, overrides)
+        renderer = scene_set(scenes, scene_fields(overrides))
+        renderer.render(0, 0, 1)  # or a value is found out by a worker
         with _data_errors(), _spread(local) as (spread, _), new_progress(console) as progress:
             made = make_set(renderer, scenes, out, (count, held_out), per_shard, seed, spread, progress)
     except ValueError as error:  # scenes that cannot be rendered
@@ -161,7 +162,7 @@ def ingest(
     for the background. What cannot be read stops the work with its file and record named, unless --skip-bad is given.
     A killed run leaves whole shards; saying the same again makes what is missing.
     """
-    from orchestration.prepare import ingest_source
+    from orchestration.shard_work import ingest_source
     from orchestration.train import new_progress
     from pipelines.ingest import Framing, Ingest, open_source
 
@@ -190,7 +191,7 @@ def index(
 
     The tars stay as they are: index.json and a small file of offsets for each shard are put beside them.
     """
-    from orchestration.prepare import index_set
+    from orchestration.shard_work import index_set
     from orchestration.train import new_progress
 
     clock = time.perf_counter()
@@ -209,7 +210,7 @@ def verify(
 
     Every image and mask is decoded, and their sizes compared with each other and with the index.
     """
-    from orchestration.prepare import verify_set
+    from orchestration.shard_work import verify_set
     from orchestration.train import new_progress
     from pipelines import read_index
 
@@ -267,7 +268,7 @@ def _make_for(recipe: str, overrides: list[str]) -> None:
 @contextmanager
 def _spread(local: bool) -> Iterator[tuple["Spread", int]]:
     """(what spreads work, over how many workers): Ray's, or this process alone."""
-    from orchestration.prepare import in_process, over_ray
+    from orchestration.shard_work import in_process, over_ray
 
     if local:
         yield in_process, 1

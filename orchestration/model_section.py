@@ -1,10 +1,10 @@
 """The recipe's model: named parts, as slot_models.build_autoencoder puts them together."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Field, PositiveInt, Tag, model_validator
 
-from orchestration.section import Section
+from orchestration.section import Section, kind_or
 
 
 class ConvEncoderSection(Section):
@@ -118,27 +118,18 @@ class TransformerSection(Section):
     hidden_dim: PositiveInt | None = Field(None, description="of the MLPs; null: four times the width")
 
 
-def _kind_or(default: str) -> Discriminator:
-    """Which kind a part is of: the default's, where it does not say."""
-
-    def kind(part: Any) -> Any:
-        return part.get("kind", default) if isinstance(part, dict) else getattr(part, "kind", None)
-
-    return Discriminator(kind)
-
-
 Encoder = Annotated[
-    Annotated[ConvEncoderSection, Tag("conv")] | Annotated[ViTEncoderSection, Tag("vit")], _kind_or("conv")
+    Annotated[ConvEncoderSection, Tag("conv")] | Annotated[ViTEncoderSection, Tag("vit")], kind_or("conv")
 ]
 Attention = Annotated[
-    Annotated[SlotAttentionSection, Tag("slots")] | Annotated[MultiHeadSection, Tag("heads")], _kind_or("slots")
+    Annotated[SlotAttentionSection, Tag("slots")] | Annotated[MultiHeadSection, Tag("heads")], kind_or("slots")
 ]
 Decoder = Annotated[
     Annotated[BroadcastSection, Tag("broadcast")]
     | Annotated[UpsamplingSection, Tag("upsampling")]
     | Annotated[MLPSection, Tag("mlp")]
     | Annotated[TransformerSection, Tag("transformer")],
-    _kind_or("broadcast"),
+    kind_or("broadcast"),
 ]
 
 

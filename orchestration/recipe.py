@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from orchestration.data_section import DataSection
 from orchestration.model_section import ModelSection
 from orchestration.section import Section
 
@@ -33,91 +34,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 class RecipeError(Exception):
     """A recipe that cannot run: a sentence with the field's path, its value and the cure, for each problem."""
-
-
-class ScenesSection(Section):
-    """Tetromino scenes rendered here; the defaults are the published set's (35 x 35, three pieces)."""
-
-    pieces: tuple[PositiveInt, PositiveInt] = Field((3, 3), description="fewest and most pieces in a scene, uniform")
-    grid: int = Field(7, ge=4, description="cells a side of the scene")
-    cell: PositiveInt = Field(5, description="pixels a side of a cell")
-    train: PositiveInt = Field(60_000, description="training scenes")
-    eval: PositiveInt = Field(320, description="held-out scenes")
-    per_shard: PositiveInt = Field(1000, description="scenes in a shard")
-    seed: int = Field(0, ge=0, description="seed of the scenes")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.pieces[0] > self.pieces[1]:
-            raise ValueError(f"pieces: {list(self.pieces)} is not a range; write [fewest, most]")
-        return self
-
-
-class SetSection(Section):
-    """A set of shards: its folder, or a brace pattern of folders or tars."""
-
-    url: str = Field(min_length=1, description="path, https://, s3://, gs:// or pipe: (with {name} for a file's name)")
-    weight: float = Field(1.0, gt=0, description="share of a batch, relative to the other sets")
-
-    @field_validator("url")
-    @classmethod
-    def _no_secret(cls, url: str) -> str:
-        parts = urlsplit("" if url.startswith("pipe:") else url)
-        if "://" in url and ("@" in parts.netloc or parts.query):
-            raise ValueError(
-                f"{parts.scheme}://{parts.hostname} has a user or a query, which would be logged with the recipe; put "
-                "credentials into ~/.netrc, AWS_* variables or Google's application default credentials"
-            )
-        return url
-
-
-class CacheSection(Section):
-    """Shards that are kept on each node's disk, shared by its workers and runs."""
-
-    folder: str | None = Field(None, description="on a local disk; null: slotforge in the user's cache folder")
-    gigabytes: float = Field(20.0, ge=0, description="what it may hold; 0: shards are read from afar each time")
-
-
-def _sets(value: Any) -> Any:
-    """A single address is one set."""
-    return ({"url": value},) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-Sets = Annotated[tuple[SetSection, ...], BeforeValidator(_sets), Field(min_length=1)]
-
-
-class DataSection(Section):
-    """Where the samples come from: scenes to render, or sets of WebDataset shards with an index."""
-
-    scenes: ScenesSection | None = Field(None, description="render Tetrominoes into shards before training")
-    train: Sets | None = Field(None, description="training shards: an address, or a list of {url, weight} to mix")
-    eval: Sets | None = Field(None, description="held-out shards: an address, or a list of {url}, each seen once")
-    cache: CacheSection = CacheSection()
-    decode_workers: int = Field(0, ge=0, description="processes that decode for each worker; 0: a thread of its own")
-    allow_pipe: bool = Field(False, description="run the shell commands of pipe: addresses")
-    tries: PositiveInt = Field(8, description="how often a read is tried before the run stops")
-    timeout: float = Field(30.0, gt=0, description="seconds without an answer after which a try is given up")
-    lanes: PositiveInt = Field(8, description="streams that a batch is drawn from; rounded down to divide the batch")
-    window: PositiveInt = Field(4, description="shards in a shuffle window of a lane")
-    bad_samples: int | None = Field(None, ge=0, description="corrupt samples that stop a run; null: 1 % of the set")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        folders = [self.train, self.eval]
-        if self.scenes is not None and any(folders):
-            raise ValueError("scenes and the folders train/eval are both given; give one of the two")
-        if self.scenes is None and not all(folders):
-            raise ValueError("neither scenes nor both folders train and eval are given; give one of the two")
-        for field, sets in (("train", self.train), ("eval", self.eval)):
-            if not self.allow_pipe and any(entry.url.startswith("pipe:") for entry in sets or ()):
-                raise ValueError(
-                    f"{field}: it runs a command in a shell; set data.allow_pipe: true if you trust the recipe"
-                )
-        if weighted := next((entry for entry in self.eval or () if entry.weight != 1), None):
-            raise ValueError(
-                f"eval: the weight {weighted.weight} says nothing, each held-out sample is seen once; leave it out"
-            )
-        return self
 
 
 class TrainSection(Section):
@@ -213,10 +129,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         scenes, model, train = self.data.scenes, self.model, self.train
-        if scenes is not None and scenes.grid * scenes.cell != model.image_size:
-            size = scenes.grid * scenes.cell
+        if scenes is not None and scenes.image_size != model.image_size:
+            size = scenes.image_size
             raise ValueError(
-                f"model.image_size: {model.image_size} is not data.scenes' grid x cell = {size}; set it to {size}"
+                f"model.image_size: {model.image_size} is not that of data.scenes, {size}; set it to {size}"
             )
         if train.keep_weight > 0 and model.gate is None:
             raise ValueError(
@@ -385,11 +301,16 @@ def _place(location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
             continue
         names.append(str(part))
         known = sections[0].model_fields if sections else {}
-        annotation = known[part].annotation if part in known else None
-        choices = [annotation, *get_args(annotation)]
-        choices = [get_args(choice)[0] if get_origin(choice) is Annotated else choice for choice in choices]
-        sections = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section)]
+        sections = _sections(known[part].annotation) if part in known else []
     return names, list(sections[0].model_fields) if len(sections) == 1 else []
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    return [section for choice in inner for section in _sections(choice)]
 
 
 def _one_line(text: str) -> str:

@@ -218,10 +218,13 @@ def _check_parts(recipe: Recipe) -> None:
     from orchestration.prepare import renderer
     from slot_models import build_autoencoder
 
+    model = recipe.model.model_dump()
+    if "pretrained" in model["encoder"]:
+        model["encoder"]["pretrained"] = False  # the workers fetch the weights
     try:
         with torch.device("meta"):
-            build_autoencoder(**recipe.model.model_dump())
-    except ValueError as error:
+            build_autoencoder(**model)
+    except (ValueError, ImportError) as error:
         raise RecipeError(f"model: {error}") from error
     if recipe.data.scenes is not None:
         try:
