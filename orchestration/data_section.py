@@ -117,6 +117,24 @@ class CacheSection(Section):
     gigabytes: float = Field(20.0, ge=0, description="what it may hold; 0: shards are read from afar each time")
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class AugmentSection(Section):
+    """What is done to every training sample, and never to a held-out one; masks follow."""
+
+    flip: bool = Field(False, description="left to right, for half of the samples")
+    crop: tuple[Share, Share] | None = Field(
+        None, description="smallest and largest side of a crop, as shares of the image's; resized back; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.crop is not None and self.crop[0] > self.crop[1]:
+            raise ValueError(f"crop: {list(self.crop)} is not a range; write [smallest, largest]")
+        return self
+
+
 def _sets(value: Any) -> Any:
     """A single address is one set."""
     return ({"url": value},) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
@@ -138,6 +156,7 @@ class DataSection(Section):
     timeout: float = Field(30.0, gt=0, description="seconds without an answer after which a try is given up")
     lanes: PositiveInt = Field(8, description="streams that a batch is drawn from; rounded down to divide the batch")
     window: PositiveInt = Field(4, description="shards in a shuffle window of a lane")
+    augment: AugmentSection | None = Field(None, description="flips and crops of training samples; null: none")
     bad_samples: int | None = Field(None, ge=0, description="corrupt samples that stop a run; null: 1 % of the set")
 
     @model_validator(mode="after")

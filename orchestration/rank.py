@@ -25,6 +25,7 @@ from pipelines.mixture import Order
 from pipelines.noise import generator
 from pipelines.sets import Place, Sets, mixture, place_of
 from pipelines.stream import Stream
+from pipelines.transforms import Augmentation
 from slot_models import SlotAutoencoder, build_autoencoder
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def training_stream(
         micro_batch=recipe.train.micro_batch,
         seed=recipe.seed,
         noise=noise,
+        augment=_augmentation(recipe),
         bad_limit=recipe.data.bad_samples,
         sources=sources,
         cache=_cache(recipe),
@@ -239,6 +241,11 @@ def _plan(recipe: Recipe, index: Index, batch_size: int) -> Plan:
 
 def _shape(recipe: Recipe) -> dict[str, int]:
     return {"lanes": recipe.data.lanes, "window": recipe.data.window}
+
+
+def _augmentation(recipe: Recipe) -> Augmentation | None:
+    wish = recipe.data.augment
+    return Augmentation(0.5 if wish.flip else 0.0, wish.crop or (1.0, 1.0)) if wish else None
 
 
 def _cache(recipe: Recipe) -> Cache | None:

@@ -1,11 +1,13 @@
 """Decoding, in this thread or in processes of its own. Which one decides nothing but the speed.
 
-A worker is this module run by Python: it imports no torch and not the caller's main module. It gets the members' bytes
-through a socket and writes pixels into memory that it shares with the reader; what cannot be decoded comes back as the
-reason. A worker that dies or stalls is replaced once by a new one, which gets the same task; then the stream stops.
+A whole step is decoded into one array of pixels. A worker is this module run by Python: it imports no torch and not the
+caller's main module. It gets the members' bytes through a socket and writes pixels into memory that it shares with the
+reader; what cannot be decoded comes back as the reason. A worker that dies or stalls is replaced once by a new one,
+which gets the same task; then the stream stops.
 """
 
 import contextlib
+import json
 import logging
 import math
 import mmap
@@ -20,7 +22,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -29,46 +31,124 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError
-from pipelines.samples import BadSample, Sample, decode
+from pipelines.noise import Purpose, generator
+from pipelines.samples import UNKNOWN, BadSample, decode
+from pipelines.transforms import AUGMENTATION_NOISE, Augmentation, count_objects
 
-__all__ = ["Decoder", "InThread", "Processes"]
+__all__ = ["Decoded", "Decoder", "Decoding", "InThread", "Processes"]
 
 logger = logging.getLogger(__name__)
 
 _START = 60.0  # seconds that a new worker may take to import what it needs, on a busy machine
 
 Members = Mapping[str, bytes]
-Result = Sample | BadSample
+Found = int | str | None
+"""What decoding a sample finds: how many objects it has (-1: unknown), why it is bad, or None: it was not decoded."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """From members to pixels: a pure function of the bytes, the step and the place.
+
+    Fields:
+        size: (height, width) of every image.
+        with_masks: decode the masks too, which must be there.
+        augment: what is done to every sample; None leaves them as they are.
+        seed: of the augmentation's noise.
+    """
+
+    size: tuple[int, int]
+    with_masks: bool = False
+    augment: Augmentation | None = None
+    seed: int = 0
+
+    def fill(
+        self, members: Members, step: int, place: int, image: NDArray[np.uint8], masks: NDArray[np.uint16]
+    ) -> Found:
+        """Decode a sample into `image` [H, W, 3] and, where they are wanted, `masks` [H, W].
+
+        Returns:
+            The number of objects in view, -1 where that is unknown, or why the sample can never be one.
+        """
+        try:
+            sample = decode(members, self.with_masks, self.size, image)
+        except BadSample as error:
+            return str(error)
+        pixels, ids, count = sample.image, sample.masks, sample.num_objects
+        if self.augment is not None:
+            noise = generator(self.seed, Purpose.AUGMENTATION, step, place).random(AUGMENTATION_NOISE)
+            pixels, ids = self.augment(pixels, ids, noise)
+            if self.augment.crops:  # objects may be out of view now
+                count = UNKNOWN if ids is None or count == UNKNOWN else count_objects(ids)
+        if pixels is not image:
+            image[...] = pixels
+        if ids is not None:
+            masks[...] = ids
+        return count
+
+    def text(self) -> str:
+        """JSON that `Decoding.of` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of(cls, text: str) -> "Decoding":
+        fields = json.loads(text)
+        if (augment := fields["augment"]) is not None:
+            augment = Augmentation(augment["flip"], tuple(augment["crop"]))
+        return cls(tuple(fields["size"]), fields["with_masks"], augment, fields["seed"])
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The samples of a step. Rows that hold no good sample, and those beyond the samples, are for the caller to fill.
+
+    Fields:
+        images: uint8 [rows, H, W, 3].
+        masks: uint16 [rows, H, W]; no rows where they are not wanted.
+        found: what was found in each sample.
+    """
+
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint16]
+    found: list[Found]
 
 
 class Decoder(Protocol):
-    """Decodes samples in order."""
+    """Decodes steps in order."""
 
-    def submit(self, samples: Sequence[Members]) -> None:
-        """Take samples to decode."""
+    def submit(self, samples: Sequence[Members | None], step: int, place: int) -> None:
+        """Take a step's samples to decode, of which the first stands at a place; None leaves its row out."""
 
-    def take(self) -> list[Result]:
-        """The samples of the oldest `submit` that was not taken yet. Their arrays are good until `release`."""
+    def take(self) -> Decoded:
+        """The oldest step that was submitted and not taken yet. Its arrays are good until `release`."""
 
     def release(self) -> None:
-        """The samples of the oldest `take` are not needed any more."""
+        """The oldest step that was taken is not needed any more."""
 
     def close(self) -> None:
         """End what was started, and forget what was submitted."""
 
 
 class InThread:
-    """Decodes where it is asked."""
+    """Decodes where it is asked.
 
-    def __init__(self, with_masks: bool, size: tuple[int, int]) -> None:
-        self._with_masks, self._size = with_masks, size
-        self._submitted: deque[Sequence[Members]] = deque()
+    Args:
+        decoding: what is done.
+        rows: the most samples of a step.
+    """
 
-    def submit(self, samples: Sequence[Members]) -> None:
-        self._submitted.append(samples)
+    def __init__(self, decoding: Decoding, rows: int) -> None:
+        self._decoding = decoding
+        images, masks = _shapes(decoding, rows)
+        self._images, self._masks = np.empty(images, dtype=np.uint8), np.empty(masks, dtype=np.uint16)
+        self._submitted: deque[tuple[Sequence[Members | None], int, int]] = deque()
 
-    def take(self) -> list[Result]:
-        return [decoded(members, self._with_masks, self._size) for members in self._submitted.popleft()]
+    def submit(self, samples: Sequence[Members | None], step: int, place: int) -> None:
+        self._submitted.append((samples, step, place))
+
+    def take(self) -> Decoded:
+        found = _filled(self._decoding, *self._submitted.popleft(), self._images, self._masks)
+        return Decoded(self._images, self._masks, found)
 
     def release(self) -> None:
         pass
@@ -77,22 +157,35 @@ class InThread:
         self._submitted.clear()
 
 
-def decoded(members: Members, with_masks: bool, size: tuple[int, int]) -> Result:
-    """A sample, or why it can never be one."""
-    try:
-        return decode(members, with_masks, size)
-    except BadSample as error:
-        return error
+def _filled(
+    decoding: Decoding,
+    samples: Sequence[Members | None],
+    step: int,
+    place: int,
+    images: NDArray[np.uint8],
+    masks: NDArray[np.uint16],
+) -> list[Found]:
+    """The one decode loop: samples into rows."""
+    nothing = masks[:0] if decoding.with_masks else masks
+    return [
+        None
+        if members is None
+        else decoding.fill(members, step, place + row, images[row], masks[row] if decoding.with_masks else nothing)
+        for row, members in enumerate(samples)
+    ]
 
 
 @dataclass
 class _Task:
-    """Samples that a worker has, or is to have, and the place in shared memory where their pixels go."""
+    """Samples that a worker has, or is to have, and the rows of a slot in shared memory where their pixels go."""
 
-    samples: Sequence[Members]
+    samples: Sequence[Members | None]
+    step: int
+    place: int
     slot: int
+    row: int
     worker: "_Worker | None" = None
-    result: list[Any] | None = None
+    result: list[Found] | None = None
 
 
 class Processes:
@@ -100,42 +193,49 @@ class Processes:
 
     Args:
         workers: number of processes, at least 1.
-        with_masks, size: as of `decode`; every image has this size or is bad.
+        decoding: what they do.
+        rows: the most samples of a step.
         chunk: samples that a worker gets at a time.
         timeout: seconds after which a worker that does not answer is given up.
     """
 
-    def __init__(
-        self, workers: int, with_masks: bool, size: tuple[int, int], chunk: int = 8, timeout: float = 60.0
-    ) -> None:
+    def __init__(self, workers: int, decoding: Decoding, rows: int, chunk: int = 16, timeout: float = 60.0) -> None:
         if workers < 1 or chunk < 1:
             raise ValueError(f"workers: {workers} and chunk: {chunk} must be positive")
-        self._with_masks, self._size, self._chunk, self._timeout = with_masks, size, chunk, timeout
+        self._decoding, self._rows, self._timeout = decoding, rows, timeout
+        # Some chunks for each worker, so that none waits long for another at the end of a step.
+        self._chunk = max(1, min(chunk, -(-rows // (2 * workers))))
         self._count = workers
-        self._arena = _Arena(chunk, size, with_masks)
+        self._arena = _Arena(decoding, rows)
         self._workers: list[_Worker] = []
-        self._submitted: deque[list[_Task]] = deque()
-        self._taken: deque[list[_Task]] = deque()
+        self._submitted: deque[tuple[int, list[_Task]]] = deque()
+        self._taken: deque[tuple[int, list[_Task]]] = deque()
         self._free: list[int] = []
 
-    def submit(self, samples: Sequence[Members]) -> None:
+    def submit(self, samples: Sequence[Members | None], step: int, place: int) -> None:
         if not self._workers:
             self._workers = [self._started() for _ in range(self._count)]
-        tasks = [_Task(samples[i : i + self._chunk], self._slot()) for i in range(0, len(samples), self._chunk)]
-        self._submitted.append(tasks)
+        slot = self._free.pop() if self._free else self._arena.more()
+        tasks = [
+            _Task(samples[row : row + self._chunk], step, place + row, slot, row)
+            for row in range(0, len(samples), self._chunk)
+        ]
+        self._submitted.append((slot, tasks))
         for task in tasks:  # all at once: a worker must not wait for us to come by
             self._give(min(self._workers, key=lambda worker: len(worker.tasks)), task)
 
-    def take(self) -> list[Result]:
-        tasks = self._submitted.popleft()
+    def take(self) -> Decoded:
+        slot, tasks = self._submitted.popleft()
+        self._taken.append((slot, tasks))
+        found: list[Found] = []
         for task in tasks:
             while task.result is None:
                 self._collect(task)
-        self._taken.append(tasks)
-        return [result for task in tasks for result in self._results(task)]
+            found += task.result
+        return Decoded(*self._arena.views(slot), found)
 
     def release(self) -> None:
-        self._free += [task.slot for task in self._taken.popleft()]
+        self._free.append(self._taken.popleft()[0])
 
     def close(self) -> None:
         for worker in self._workers:  # all first: they end side by side
@@ -143,24 +243,20 @@ class Processes:
         for worker in self._workers:
             worker.end()
         self._workers.clear()
-        for tasks in (*self._submitted, *self._taken):
-            self._free += [task.slot for task in tasks]
+        self._free += [slot for slot, _ in (*self._submitted, *self._taken)]
         self._submitted.clear()
         self._taken.clear()
 
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _started(self) -> "_Worker":
-        return _Worker(self._arena.descriptor, (self._chunk, *self._size, int(self._with_masks)), self._timeout)
-
-    def _slot(self) -> int:
-        return self._free.pop() if self._free else self._arena.more()
+        return _Worker(self._arena.descriptor, (str(self._rows), self._decoding.text()), self._timeout)
 
     def _give(self, worker: "_Worker", task: _Task) -> None:
         task.worker = worker
         worker.tasks.append(task)
         try:
-            worker.send((task.slot, [dict(members) for members in task.samples]))
+            worker.send((task.slot, task.row, task.step, task.place, task.samples))
         except OSError as error:
             self._replace(worker, str(error))
 
@@ -192,21 +288,11 @@ class Processes:
         for task in worker.tasks:
             self._give(new, task)
 
-    def _results(self, task: _Task) -> list[Result]:
-        assert task.result is not None
-        images, masks = self._arena.views(task.slot)
-        return [
-            BadSample(found)
-            if isinstance(found, str)
-            else Sample(images[i], masks[i] if self._with_masks else None, found)
-            for i, found in enumerate(task.result)
-        ]
-
 
 class _Worker:
     """A process and the socket to it."""
 
-    def __init__(self, arena: int, settings: tuple[int, ...], timeout: float) -> None:
+    def __init__(self, arena: int, settings: tuple[str, ...], timeout: float) -> None:
         ours, theirs = socket.socketpair()
         # A worker that has stopped reading must not block us for ever.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
@@ -244,11 +330,10 @@ class _Worker:
 
 
 class _Arena:
-    """Memory shared with the workers: slots of `chunk` images, and masks, uint8; it grows and never moves."""
+    """Memory shared with the workers: slots, each for a step's images and masks; it grows and never moves."""
 
-    def __init__(self, chunk: int, size: tuple[int, int], with_masks: bool) -> None:
-        self._shapes = _shapes(chunk, size, with_masks)
-        self._bytes = _slot_bytes(chunk, size, with_masks)
+    def __init__(self, decoding: Decoding, rows: int) -> None:
+        self._layout = _layout(decoding, rows)
         # Not in /dev/shm, which containers often limit to 64 MB.
         memory = os.memfd_create("decoded") if hasattr(os, "memfd_create") else None
         self._file: IO[bytes] = tempfile.TemporaryFile() if memory is None else os.fdopen(memory, "r+b")  # noqa: SIM115 held
@@ -259,31 +344,34 @@ class _Arena:
         return self._file.fileno()
 
     def more(self) -> int:
-        self._file.truncate((len(self._slots) + 1) * self._bytes)
-        self._slots.append(mmap.mmap(self.descriptor, self._bytes, offset=len(self._slots) * self._bytes))
+        each = self._layout[2]
+        self._file.truncate((len(self._slots) + 1) * each)
+        self._slots.append(mmap.mmap(self.descriptor, each, offset=len(self._slots) * each))
         return len(self._slots) - 1
 
-    def views(self, slot: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        return _views(self._slots[slot], *self._shapes)
+    def views(self, slot: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+        return _views(self._slots[slot], *self._layout[:2])
 
 
-def _shapes(chunk: int, size: tuple[int, int], with_masks: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (chunk, *size, 3), (chunk if with_masks else 0, *size)
+Shape = tuple[int, ...]
 
 
-def _slot_bytes(chunk: int, size: tuple[int, int], with_masks: bool) -> int:
-    images, masks = _shapes(chunk, size, with_masks)
-    used = int(np.prod(images)) + int(np.prod(masks))
-    return -(-used // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+def _shapes(decoding: Decoding, rows: int) -> tuple[Shape, Shape]:
+    return (rows, *decoding.size, 3), (rows if decoding.with_masks else 0, *decoding.size)
 
 
-def _views(
-    memory: mmap.mmap, images: tuple[int, ...], masks: tuple[int, ...]
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    pixels = int(np.prod(images))
+def _layout(decoding: Decoding, rows: int) -> tuple[Shape, Shape, int]:
+    """The shapes in a slot, masks first since they take two bytes each, and its bytes."""
+    images, masks = _shapes(decoding, rows)
+    used = math.prod(images) + 2 * math.prod(masks)
+    return images, masks, -(-used // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+def _views(memory: mmap.mmap, images: Shape, masks: Shape) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    ids, pixels = math.prod(masks), math.prod(images)
     return (
-        np.frombuffer(memory, np.uint8, pixels).reshape(images),
-        np.frombuffer(memory, np.uint8, int(np.prod(masks)), pixels).reshape(masks),
+        np.frombuffer(memory, np.uint8, pixels, 2 * ids).reshape(images),
+        np.frombuffer(memory, np.uint16, ids).reshape(masks),
     )
 
 
@@ -293,33 +381,24 @@ _PROGRAM = f"import sys; sys.path[:0] = [{str(Path(__file__).parents[1])!r}]; im
 def work() -> None:
     """What a worker runs, until its socket is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the reader's to handle
-    descriptor, arena, chunk, height, width, with_masks = map(int, sys.argv[1:])
-    connection, size = Connection(descriptor), (height, width)
-    shapes, each = _shapes(chunk, size, bool(with_masks)), _slot_bytes(chunk, size, bool(with_masks))
-    slots: dict[int, mmap.mmap] = {}
+    descriptor, arena, rows = map(int, sys.argv[1:4])
+    connection, decoding = Connection(descriptor), Decoding.of(sys.argv[4])
+    *shapes, each = _layout(decoding, rows)
+    slots: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint16]]] = {}
     # The next task is received while one is done: the reader never waits for room in the socket.
-    tasks: queue.SimpleQueue[tuple[int, list[Members]] | None] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[tuple[int, int, int, int, list[Members | None]] | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
     while (task := tasks.get()) is not None:
-        slot, samples = task
+        slot, row, step, place, samples = task
         if slot not in slots:
-            slots[slot] = mmap.mmap(arena, each, offset=slot * each)
-        images, masks = _views(slots[slot], *shapes)
-        answer: list[int | str] = []
-        for i, members in enumerate(samples):
-            result = decoded(members, bool(with_masks), size)
-            if isinstance(result, BadSample):
-                answer.append(str(result))
-                continue
-            images[i] = result.image
-            if result.masks is not None:
-                masks[i] = result.masks
-            answer.append(result.num_objects)
+            slots[slot] = _views(mmap.mmap(arena, each, offset=slot * each), *shapes)
+        images, masks = slots[slot]
+        found = _filled(decoding, samples, step, place, images[row:], masks[row:])
         with contextlib.suppress(OSError):
-            connection.send(answer)
+            connection.send(found)
 
 
-def _receive(connection: Connection, tasks: "queue.SimpleQueue[tuple[int, list[Members]] | None]") -> None:
+def _receive(connection: Connection, tasks: "queue.SimpleQueue[Any]") -> None:
     try:
         while True:
             tasks.put(connection.recv())

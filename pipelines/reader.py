@@ -1,4 +1,4 @@
-"""Windows of a plan, read from shards wherever they lie through webdataset, and a verdict on each sample.
+"""Windows of a plan, read from shards wherever they lie, and a verdict on each sample.
 
 Permanent faults of content become `Fault`s, the same for every reader. Anything else that goes wrong while reading is
 transient: it is tried again, then stops the run with the shard's name, and never changes a batch.
@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -27,6 +27,7 @@ from pipelines.samples import IMAGE_MEMBERS, MASK_MEMBERS
 from pipelines.sets import fetch_sidecar
 from pipelines.shards import Sidecar, scan
 from pipelines.sources import AbsentError, ChangedError, Sources, Version, join, local_path, shown
+from pipelines.tars import Raw, rows
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,11 @@ class Fault:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """A sample as it lies in its shard: bytes by member name."""
+class _Cut(NamedTuple):
+    """The bytes of a piece, and where its rows begin in them and the last one ends."""
 
-    key: str
-    members: Mapping[str, bytes]
+    content: bytes
+    offsets: tuple[int, ...]
 
 
 class Reader:
@@ -93,28 +93,28 @@ class Reader:
 
     def _piece(self, piece: Piece) -> list[Raw | Fault]:
         """Exactly `last - first` samples or faults."""
-        url, rows = self._url(piece.shard), piece.last - piece.first
+        url, count = self._url(piece.shard), piece.last - piece.first
         fault = self._checked.get(piece.shard)
         if isinstance(fault, Fault):
-            return [fault] * rows
+            return [fault] * count
         try:
-            content = self._sources.retried(url, lambda: self._rows(piece))
-            samples: list[Raw | Fault] = list(self._parsed(url, content))
+            cut = self._sources.retried(url, lambda: self._rows(piece))
+            samples: list[Raw | Fault] = list(rows(*cut, self._members) or self._parsed(url, cut.content))
         except (ContentError, AbsentError) as error:
             reason = "the shard is not there" if isinstance(error, AbsentError) else str(error)
             logger.warning("%s: %s; its samples are replaced", shown(url), reason)
             self._checked[piece.shard] = fault = Fault(reason)
-            return [fault] * rows
+            return [fault] * count
         except (tarfile.TarError, ValueError) as error:
             raise DataError(f"{shown(url)}: does not match its offsets ({error}); index the folder again") from error
-        if len(samples) != rows:
+        if len(samples) != count:
             raise DataError(
                 f"{shown(url)}: {len(samples)} samples in rows {piece.first} to {piece.last}; index the folder again"
             )
         return samples
 
     def _parsed(self, url: str, content: bytes) -> Iterator[Raw]:
-        """The samples in a piece of a tar, by webdataset's own tar iteration and grouping."""
+        """The samples in a piece of a tar that is not plain, by webdataset's own tar iteration and grouping."""
         source = [{"url": shown(url), "stream": io.BytesIO(content)}]
         # No handler is given, so webdataset raises where it could skip. Unwanted members go after the grouping: without
         # any member a sample would vanish and shift the rows behind it.
@@ -123,7 +123,7 @@ class Reader:
 
     # --- bytes ---------------------------------------------------------------------------------------------------
 
-    def _rows(self, piece: Piece) -> bytes:
+    def _rows(self, piece: Piece) -> _Cut:
         """The bytes of a piece, of a shard that matches its checksum."""
         url = self._url(piece.shard)
         if (path := local_path(url)) is not None:
@@ -137,7 +137,7 @@ class Reader:
                 logger.warning("%s: read without the cache: %s", shown(url), error)
         return self._from_afar(piece, url)
 
-    def _from_folder(self, piece: Piece, path: Path) -> bytes:
+    def _from_folder(self, piece: Piece, path: Path) -> _Cut:
         shard = self._plan.index.shards[piece.shard]
         if not path.parent.is_dir():  # a folder that is not mounted says nothing about its shards
             raise NotADirectoryError(f"{path.parent} is not there")
@@ -153,26 +153,27 @@ class Reader:
                 self._checked[piece.shard] = Version(shard.bytes)
             return self._cut(piece, file)
 
-    def _from_afar(self, piece: Piece, url: str) -> bytes:
+    def _from_afar(self, piece: Piece, url: str) -> _Cut:
         shard = self._plan.index.shards[piece.shard]
         version = self._checked.get(piece.shard)
         if isinstance(version, Version) and version.tag and version.ranges:
             offsets = self._offsets_of(piece.shard, None)
             try:
-                return self._sources.read_range(url, offsets[piece.first], offsets[piece.last], version)
+                content = self._sources.read_range(url, offsets[piece.first], offsets[piece.last], version)
+                return _Cut(content, _relative(offsets, piece))
             except ChangedError:
                 logger.warning("%s: changed since it was checked; it is checked again", shown(url))
         for _ in range(2):  # once more: the way here may be at fault
-            content = bytearray(shard.bytes)
+            whole = bytearray(shard.bytes)
 
-            def write(position: int, data: bytes, content: bytearray = content) -> None:
-                content[position : position + len(data)] = data
+            def write(position: int, data: bytes, whole: bytearray = whole) -> None:
+                whole[position : position + len(data)] = data
 
             version = self._sources.fetch(url, shard.bytes, write)
             _check_size(version.size, shard.bytes)
-            if hashlib.sha256(content).hexdigest() == shard.sha256:
+            if hashlib.sha256(whole).hexdigest() == shard.sha256:
                 self._checked[piece.shard] = version
-                return self._cut(piece, io.BytesIO(content))
+                return self._cut(piece, io.BytesIO(whole))
         raise ContentError(_MISMATCH)
 
     def _save(self, piece: Piece, file: BinaryIO) -> None:
@@ -180,10 +181,10 @@ class Reader:
         version = self._sources.fetch(self._url(piece.shard), shard.bytes, _writer(file))
         _check_size(version.size, shard.bytes)
 
-    def _cut(self, piece: Piece, file: BinaryIO) -> bytes:
+    def _cut(self, piece: Piece, file: BinaryIO) -> _Cut:
         offsets = self._offsets_of(piece.shard, file)
         file.seek(offsets[piece.first])
-        return file.read(offsets[piece.last] - offsets[piece.first])
+        return _Cut(file.read(offsets[piece.last] - offsets[piece.first]), _relative(offsets, piece))
 
     def _offsets_of(self, number: int, file: BinaryIO | None) -> tuple[int, ...]:
         """Where each row of a shard begins, and the last one ends; `file` is the whole shard, found good."""
@@ -221,6 +222,10 @@ class Reader:
     def _home(self, number: int) -> str:
         folders = self._plan.index.folders
         return folders[number] if folders else self._folder
+
+
+def _relative(offsets: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
+    return tuple(offset - offsets[piece.first] for offset in offsets[piece.first : piece.last + 1])
 
 
 def _check_size(size: int | None, expected: int) -> None:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.cache import Cache
-from pipelines.decoding import Decoder, InThread, Processes, decoded
+from pipelines.decoding import Decoded, Decoder, Decoding, InThread, Processes
 from pipelines.errors import DataError
 from pipelines.mixture import Order
 from pipelines.noise import Purpose, gumbel, normal
 from pipelines.plan import Span, micro_batches
-from pipelines.reader import Fault, Raw, Reader
-from pipelines.samples import BadSample, Sample
+from pipelines.reader import Fault, Reader
 from pipelines.sources import Sources, local_path
+from pipelines.tars import Raw
+from pipelines.transforms import Augmentation, on_device, to_model
 
 __all__ = ["Ledger", "MicroBatch", "Stream"]
 
@@ -93,34 +94,30 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """A sample at its place; `replaced` is the bad sample whose place it fills, or -1."""
-
-    place: int
-    number: int
-    replaced: int
-    sample: Sample
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A place of a step: its sample, and the window that may replace it."""
-
-    place: int
-    span: Span
-    entry: int
-    number: int
-    window: Mapping[int, Raw | Fault]
-
-
-@dataclass(frozen=True, slots=True)
 class _Begun:
-    """A step whose samples are being decoded: those of `planned` that `decoding` marks, or the error it met."""
+    """A step whose samples are being decoded, or the error that it met.
+
+    Fields:
+        number: of the step.
+        first: place of its first sample here.
+        spans: where its samples come from, in order; `windows` holds what the window of each contains.
+        numbers: its planned samples.
+    """
 
     number: int
-    planned: list[_Planned]
-    decoding: list[bool]
+    first: int = 0
+    spans: list[Span] = dataclasses.field(default_factory=list)
+    windows: list[Mapping[int, Raw | Fault]] = dataclasses.field(default_factory=list)
+    numbers: list[int] = dataclasses.field(default_factory=list)
     error: BaseException | None = None
+
+    def place(self, row: int) -> tuple[Span, int, Mapping[int, Raw | Fault]]:
+        """Of a sample: its span, its entry in the span's window, and what that window holds."""
+        for span, window in zip(self.spans, self.windows, strict=True):
+            if row < span.count:
+                return span, span.first + row, window
+            row -= span.count
+        raise IndexError(row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +149,8 @@ class Stream:
         noise: shape of one sample's noise by name: `slots` (normal), `gate` (Gumbel), `inputs` (normal). What is left
             out is None.
         with_masks: decode masks; a sample without them is bad.
+        augment: flips and crops of every sample, with noise of its own that is drawn for its step and place; after a
+            crop `num_objects` counts the objects in view, or is -1 where there are no masks to count in.
         prefetch: steps made ahead of time.
         bad_limit: the most bad samples this reader accepts; by default 1 % of the set, at least 10.
         ledger: a file to which a line `step rank place sample replaced` is appended for each sample handed out, or a
@@ -183,6 +182,7 @@ class Stream:
         seed: int,
         noise: Mapping[str, tuple[int, ...]],
         with_masks: bool = False,
+        augment: Augmentation | None = None,
         prefetch: int = 4,
         bad_limit: int | None = None,
         ledger: Path | str | Ledger | None = None,
@@ -212,15 +212,15 @@ class Stream:
         self.bad: dict[int, str] = {}
         self.waited = 0.0
         self._plan, self._rank, self._world, self._seed = plan, rank, world, seed
-        self._size = plan.index.size
         self._noise = dict(noise)
-        self._with_masks = with_masks
         self._bad_limit = max(10, plan.index.num_samples // 100) if bad_limit is None else bad_limit
         self._ledger = Path(ledger) if isinstance(ledger, str) else ledger
         self._sources = sources or Sources()
         self._reader = Reader(plan, str(folder), with_masks, self._sources, cache)
+        self._decoding = Decoding(plan.index.size, with_masks, augment, seed)
+        rows = self.num_micro_batches * self.micro_batch
         self._decoder: Decoder = (
-            Processes(decode_workers, with_masks, self._size) if decode_workers else InThread(with_masks, self._size)
+            Processes(decode_workers, self._decoding, rows) if decode_workers else InThread(self._decoding, rows)
         )
         # With processes one step is decoded while the one before it is put together.
         self._begun_ahead = 2 if decode_workers else 1
@@ -283,77 +283,83 @@ class Stream:
             # A rank without samples pads with a neighbour's: its micro batches must have the same shape.
             low = min(begin, self._plan.size(step) - 1)
             spans = self._plan.spans(step, low, max(end, low + 1))
-            planned: list[_Planned] = []
+            windows, numbers, members = [], [], []
             for span in spans:
-                window, order = self._reader.window(span.window), self._plan.order(span.window)
-                for entry in range(span.first, span.first + span.count):
-                    planned.append(_Planned(low + len(planned), span, entry, int(order[entry]), window))
+                window = self._reader.window(span.window)
+                planned = self._plan.order(span.window)[span.first : span.first + span.count].tolist()
+                windows.append(window)
+                numbers += planned
+                members += [self._members(window, number) for number in planned]
             self._reader.keep({span.window.lane for span in spans})
-            raws = [place.window[place.number] if place.number not in self.bad else None for place in planned]
-            self._decoder.submit([raw.members for raw in raws if isinstance(raw, Raw)])
-            return _Begun(step, planned, [isinstance(raw, Raw) for raw in raws])
+            self._decoder.submit(members, step, low)
+            return _Begun(step, low, spans, windows, numbers)
         except BaseException as error:  # raised again by `step`, in its turn
-            return _Begun(step, [], [], error)
+            return _Begun(step, error=error)
+
+    def _members(self, window: Mapping[int, Raw | Fault], number: int) -> Mapping[str, bytes] | None:
+        """What is to be decoded of a sample; None where it is known to be bad."""
+        raw = window[number]
+        return None if isinstance(raw, Fault) or number in self.bad else raw.members
 
     def _finish(self, begun: _Begun) -> _Step:
         """The micro batches of a step, bad samples replaced."""
         try:
             if begun.error is not None:
                 raise begun.error
-            decoded = iter(self._decoder.take())
-            entries = [
-                self._entry(place, next(decoded) if decoding else None)
-                for place, decoding in zip(begun.planned, begun.decoding, strict=True)
-            ]
-            step = begun.number
+            step, decoded = begun.number, self._decoder.take()
+            numbers, replaced = begun.numbers.copy(), [-1] * len(begun.numbers)
+            for row, found in enumerate(decoded.found):
+                if not isinstance(found, int):
+                    replaced[row], numbers[row] = numbers[row], self._replace(begun, decoded, row)
+            n, m = len(numbers), self.micro_batch
             begin, end = self._plan.bounds(step, self._rank, self._world)
-            real = end - begin
-            padded = entries + [entries[-1]] * (self.num_micro_batches * self.micro_batch - len(entries))
+            # Padding repeats the last sample, its noise too.
+            rows = np.minimum(np.arange(self.num_micro_batches * m), n - 1)  # [A * m]
+            for pixels in (decoded.images, decoded.masks):
+                pixels[n:] = pixels[n - 1 : n]
+            ids, objects = np.array(numbers, dtype=np.int64)[rows], np.array(decoded.found, dtype=np.int64)[rows]
             parts = [
-                self._collate(step, padded[i : i + self.micro_batch], real - i)
-                for i in range(0, len(padded), self.micro_batch)
+                self._collate(step, decoded, slice(i, i + m), begun.first + rows[i : i + m], ids, objects, end - begin)
+                for i in range(0, len(rows), m)
             ]
-            self._decoder.release()  # all pixels have been copied
-            handed = [(entry.place, entry.number, entry.replaced) for entry in entries[:real]]
+            handed = list(zip(range(begin, end), numbers, replaced, strict=False))
             made = _Step(step, parts, handed)
-            return made if self._to_device is None else self._to_device.send(made)
+            if self._to_device is not None:
+                made = self._to_device.send(made)
+            self._decoder.release()  # all pixels have been copied
+            return made
         except BaseException as error:  # raised again by `step`, in its turn
             return _Step(begun.number, [], [], error)
 
-    def _entry(self, planned: _Planned, result: Sample | BadSample | None) -> _Entry:
-        """What comes to a place; `result` is of its planned sample, None where that was not decoded."""
-        number = planned.number
-        sample = self._judged(planned, number, result)
-        if sample is None:
-            number, sample = self._replacement(planned)
-        return _Entry(planned.place, number, planned.number if number != planned.number else -1, sample)
-
-    def _replacement(self, planned: _Planned) -> tuple[int, Sample]:
-        window = planned.span.window
-        for number in self._plan.replacements(window, planned.entry):
-            raw = planned.window[number]
-            result = decoded(raw.members, self._with_masks, self._size) if isinstance(raw, Raw) else None
-            sample = self._judged(planned, number, result)
-            if sample is not None:
-                return number, sample
-        shards = ", ".join(self._plan.index.shards[piece.shard].name for piece in self._plan.pieces(window))
+    def _replace(self, begun: _Begun, decoded: Decoded, row: int) -> int:
+        """Fill the row of a bad sample with the next good one of its window; the number of that."""
+        span, entry, window = begun.place(row)
+        self._judge(window, begun.numbers[row], decoded.found[row])
+        image, masks = decoded.images[row], decoded.masks[row] if self._decoding.with_masks else decoded.masks
+        for number in self._plan.replacements(span.window, entry):
+            if (members := self._members(window, number)) is None:
+                self._judge(window, number, None)
+                continue
+            found = self._decoding.fill(members, begun.number, begun.first + row, image, masks)
+            if isinstance(found, int):
+                decoded.found[row] = found
+                return number
+            self._judge(window, number, found)
+        shards = ", ".join(self._plan.index.shards[piece.shard].name for piece in self._plan.pieces(span.window))
         raise DataError(f"no good sample in {shards}; repair these shards, or use a larger window")
 
-    def _judged(self, planned: _Planned, number: int, result: Sample | BadSample | None) -> Sample | None:
-        """A decoded sample, or None where it is bad."""
-        if isinstance(result, Sample):
-            return result
+    def _judge(self, window: Mapping[int, Raw | Fault], number: int, found: int | str | None) -> None:
+        """Count and log a bad sample, once."""
         if number in self.bad:
-            return None
-        raw = planned.window[number]
+            return
+        raw = window[number]
         if isinstance(raw, Fault):
             self._count_bad(number, raw.reason)
-            return None
+            return
         shard, row = self._plan.index.locate(number)
         name = self._plan.index.shards[shard].name
-        logger.warning("shard %s, key %s (row %d): %s; it is replaced", name, raw.key, row, result)
-        self._count_bad(number, str(result))
-        return None
+        logger.warning("shard %s, key %s (row %d): %s; it is replaced", name, raw.key, row, found)
+        self._count_bad(number, str(found))
 
     def _count_bad(self, number: int, reason: str) -> None:
         self.bad[number] = reason
@@ -370,23 +376,32 @@ class Stream:
                 "Repair these shards, index them again, or raise the limit"
             )
 
-    def _collate(self, step: int, entries: list[_Entry], real: int) -> MicroBatch:
-        places = np.array([entry.place for entry in entries], dtype=np.int64)  # [m]
-        masks = [entry.sample.masks for entry in entries if entry.sample.masks is not None]
+    def _collate(
+        self,
+        step: int,
+        decoded: Decoded,
+        part: slice,
+        places: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        objects: NDArray[np.int64],
+        real: int,
+    ) -> MicroBatch:
         noise = {
             name: torch.from_numpy(draw(self._seed, purpose, step, places, self._noise[name]))
             for name, (draw, purpose) in _NOISE.items()
             if name in self._noise
         }
+        pixels = decoded.images[part]  # [m, H, W, 3]
         return MicroBatch(
-            images=_to_model([entry.sample.image for entry in entries]),
-            weight=torch.from_numpy((np.arange(len(entries)) < real).astype(np.float32)),
+            # A GPU makes them floats itself, from a quarter of the bytes.
+            images=to_model(pixels) if self._to_device is None else torch.from_numpy(pixels),
+            weight=torch.from_numpy((np.arange(part.start, part.stop) < real).astype(np.float32)),
             slot_noise=noise.get("slots"),
             gate_noise=noise.get("gate"),
             input_noise=noise.get("inputs"),
-            num_objects=torch.tensor([entry.sample.num_objects for entry in entries], dtype=torch.int64),
-            masks=torch.from_numpy(np.stack(masks).astype(np.int64)) if self._with_masks else None,
-            ids=torch.tensor([entry.number for entry in entries], dtype=torch.int64),
+            num_objects=torch.from_numpy(objects[part]),
+            masks=torch.from_numpy(decoded.masks[part].astype(np.int64)) if self._decoding.with_masks else None,
+            ids=torch.from_numpy(ids[part]),
             places=torch.from_numpy(places),
         )
 
@@ -458,6 +473,7 @@ class _ToDevice:
         """In the thread: start the copies."""
         with torch.cuda.stream(self._stream):
             moved = [micro.pin_memory().to(self._device) for micro in made.micro_batches]
+            moved = [dataclasses.replace(micro, images=on_device(micro.images)) for micro in moved]
             return dataclasses.replace(made, micro_batches=moved, copied=self._stream.record_event())
 
     def arrive(self, made: _Step) -> None:
@@ -477,12 +493,3 @@ def _check_memory(plan: Order, world: int, limit: int) -> None:
             f"{needed / 2**30:.1f} GiB, the limit is {limit / 2**30:.1f} GiB; "
             "lower lanes or window, or write smaller shards"
         )
-
-
-def _to_model(images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """What `transforms.to_model` makes of their stack, without stacking them: float32 [m, 3, H, W]."""
-    batch = np.empty((len(images), 3, *images[0].shape[:2]), dtype=np.float32)
-    for image, channels in zip(images, batch, strict=True):
-        np.divide(np.ascontiguousarray(image.transpose(2, 0, 1)), np.float32(127.5), out=channels)  # [3, H, W]
-        np.subtract(channels, np.float32(1), out=channels)  # while it is in the cache
-    return torch.from_numpy(batch)

@@ -1,7 +1,7 @@
 """Between pixels and what a model sees: crops, resizes, augmentation, normalisation.
 
-Everything here is a pure function; what is random takes its noise as an argument. Only `to_model` and `to_pixels` need
-torch, and import it themselves.
+Everything here is a pure function; what is random takes its noise as an argument. Only what makes or takes
+tensors needs torch, and imports it itself.
 """
 
 from collections.abc import Sequence
@@ -114,6 +114,11 @@ class Augmentation:
                 f"crop: {self.crop} is not a range (smallest, largest) within (0, 1]; reorder or shrink it"
             )
 
+    @property
+    def crops(self) -> bool:
+        """Whether it may leave anything out of view."""
+        return self.crop[0] < 1
+
     def __call__(
         self, image: NDArray[np.uint8], masks: NDArray[Any] | None, noise: NDArray[np.floating[Any]]
     ) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
@@ -179,11 +184,26 @@ def normalise(pixels: NDArray[np.uint8], mean: Sequence[float], deviation: Seque
 
 
 def to_model(pixels: NDArray[np.uint8]) -> "Tensor":
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]."""
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]: pixel / 127.5 - 1."""
     import torch
 
-    channels_first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # [N, 3, H, W]
-    return torch.from_numpy(channels_first).to(torch.float32).div_(127.5).sub_(1.0)
+    images = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
+    turned = np.empty(images.shape[1:], dtype=np.uint8)
+    for image, channels in zip(pixels, images, strict=True):  # image by image, while it is in the cache
+        np.copyto(turned, image.transpose(2, 0, 1))  # [3, H, W]
+        np.divide(turned, np.float32(127.5), out=channels)
+        np.subtract(channels, np.float32(1), out=channels)
+    return torch.from_numpy(images)
+
+
+def on_device(pixels: "Tensor") -> "Tensor":
+    """What `to_model` makes, bit for bit, from uint8 [N, H, W, 3] that lies on any device: a quarter of the bytes to
+    move there. -> float32 [N, 3, H, W]."""
+    import torch
+
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    # By a tensor: a GPU would multiply by the reciprocal of a plain number.
+    return images.div_(torch.full((), 127.5, device=pixels.device)).sub_(1.0)
 
 
 def to_pixels(images: "Tensor") -> NDArray[np.uint8]:

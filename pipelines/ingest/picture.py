@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipelines.errors import DataError
-from pipelines.samples import BadSample, decode, encode
+from pipelines.samples import MOST_OBJECTS, encode
 from pipelines.transforms import crop_centre, crop_clevr, resize_bilinear, resize_nearest
 
 CROPS = ("centre", "clevr", "none")
@@ -112,22 +112,17 @@ def members(key: str, source: str, picture: Picture) -> dict[str, Any]:
     if picture.factors:
         facts["factors"] = dict(picture.factors)
     most = 0 if picture.masks is None else int(picture.masks.max(initial=0))
-    if most > 65535:
+    if most > MOST_OBJECTS:
         raise ValueError(f"{most} objects are more than 16 bits tell apart")
-    small = None if picture.masks is None or most > 255 else picture.masks.astype(np.uint8)
+    masks: NDArray[Any] | None = None
+    if picture.masks is not None:
+        masks = picture.masks.astype(np.uint8 if most < 256 else np.uint16)
     if picture.encoded is None:
-        sample = encode(key, picture.image, small, facts)
-    else:
-        name, data = picture.encoded
-        sample = {"__key__": key, name: data, "json": json.dumps(facts, separators=(",", ":"), sort_keys=True).encode()}
-        if small is not None:
-            sample["masks.png"] = png(small)
-    if picture.masks is not None and most > 255:
-        sample["masks.png"] = png(picture.masks.astype(np.uint16))
-        try:
-            decode(sample, with_masks=True)
-        except BadSample as error:
-            raise ValueError(f"its {most} objects cannot be read again: {error}") from error
+        return encode(key, picture.image, masks, facts)
+    name, data = picture.encoded
+    sample = {"__key__": key, name: data, "json": json.dumps(facts, separators=(",", ":"), sort_keys=True).encode()}
+    if masks is not None:
+        sample["masks.png"] = png(masks)
     return sample
 
 

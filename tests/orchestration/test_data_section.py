@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from orchestration.prepare import data_folders
-from orchestration.rank import evaluation_batches
+from orchestration.rank import evaluation_batches, training_stream
 from orchestration.recipe import Recipe, RecipeError, parse_recipe
-from pipelines import WeightedSet
+from pipelines import Purpose, WeightedSet
+from pipelines.noise import generator
 from pipelines.samples import encode
 from pipelines.sets import Place, Sets, mixture, place_of
 from pipelines.shards import write_index, write_shard
@@ -45,6 +48,9 @@ def test_an_address_is_a_set_and_several_have_weights() -> None:
         ({"tries": 0}, ["data.tries", "0"]),
         ({"timeout": 0}, ["data.timeout", "0"]),
         ({"cache": {"gigabytes": -1}}, ["data.cache.gigabytes", "-1"]),
+        ({"augment": {"crop": [0.9, 0.5]}}, ["data.augment", "[0.9, 0.5]", "[smallest, largest]"]),
+        ({"augment": {"crop": [0, 0.5]}}, ["data.augment.crop", "0"]),
+        ({"augment": {"flip": 0.5}}, ["data.augment.flip", "0.5"]),
     ],
 )
 def test_a_wrong_field_is_a_sentence(data: dict[str, object], words: list[str]) -> None:
@@ -85,10 +91,30 @@ def test_held_out_sets_are_seen_once_each(tmp_path: Path, make_small_sets: Sets)
     assert order.index.num_samples == 9 and order.counts(60) == (40, 20)
 
 
+def test_training_is_augmented_and_evaluation_never(tmp_path: Path) -> None:
+    number = np.random.default_rng(0)
+    samples = [encode(f"a{i}", number.integers(0, 256, (35, 35, 3), dtype=np.uint8)) for i in range(8)]
+    write_index(tmp_path, [write_shard(tmp_path, "0.tar", samples)], {})
+    model, train = {"image_size": 35}, {"batch_size": 8, "micro_batch": 8}
+
+    def images(augment: object) -> tuple[torch.Tensor, torch.Tensor]:
+        where = {"train": str(tmp_path), "eval": str(tmp_path), "augment": augment}
+        recipe = parse_recipe({"name": "x", "data": where, "model": model, "train": train})
+        with training_stream(recipe, tmp_path, {}) as trained, evaluation_batches(recipe, tmp_path)[0] as held_out:
+            return trained.step(0)[0].images, held_out.step(0)[0].images
+
+    plain, flipped, cropped = images(None), images({"flip": True}), images({"crop": [0.5, 0.5]})
+    assert torch.equal(plain[1], flipped[1]) and torch.equal(plain[1], cropped[1])
+    turned = [bool(torch.equal(a.flip(-1), b)) for a, b in zip(plain[0], flipped[0], strict=True)]
+    noise = [generator(0, Purpose.AUGMENTATION, 0, place).random() for place in range(8)]
+    assert turned == [value < 0.5 for value in noise] and len(set(turned)) == 2
+    assert not any(torch.equal(a, b) for a, b in zip(plain[0], cropped[0], strict=True))
+    # What is done to the samples is part of what a run is.
+    assert recipe_of(augment={"flip": True}).digest() != recipe_of().digest()
+
+
 @pytest.fixture
 def make_small_sets(tmp_path: Path) -> Sets:
-    import numpy as np
-
     for name, count in (("a", 5), ("b", 4)):
         samples = [encode(f"{name}{i}", np.full((35, 35, 3), i, np.uint8)) for i in range(count)]
         write_index(tmp_path / name, [write_shard(tmp_path / name, "0.tar", samples)], {})

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from faulty_server import FaultyServer
@@ -351,12 +350,3 @@ def test_no_worker_outlives_its_stream(folder: Path) -> None:
     assert all(process.poll() is not None for process in processes)
     with pytest.raises(ValueError, match="decode_workers: -1"):
         Stream(plan, folder, rank=0, world=1, micro_batch=3, seed=9, noise={}, decode_workers=-1)
-
-
-def test_pixels_become_what_to_model_makes_of_them() -> None:
-    from pipelines.stream import _to_model
-    from pipelines.transforms import to_model
-
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 9, 3), dtype=np.uint8)
-    pixels[0] = np.arange(189).reshape(7, 9, 3)
-    assert torch.equal(_to_model(list(pixels)), to_model(pixels))

@@ -194,7 +194,7 @@ def test_verify_names_each_kind_of_damage(tmp_path: Path, make_set: MakeSet, dam
         ("image.png", None, "no image member"),
         ("image.png", b"\x89PNG broken", "cannot be decoded"),
         ("image.png", encode("x", np.zeros((9, 6, 3), np.uint8))["image.png"], "image.png is 9x6, the set is 8x6"),
-        ("masks.png", encode("x", np.zeros((9, 6, 3), np.uint8))["image.png"], "8-bit ids"),
+        ("masks.png", encode("x", np.zeros((9, 6, 3), np.uint8))["image.png"], "does not hold ids"),
         ("masks.png", encode("x", np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8))["masks.png"], "[4, 4]"),
         ("json", b"{", "json cannot be decoded"),
         ("json", b'{"num_objects": "3"}', "not a count"),
@@ -332,6 +332,39 @@ def test_masks_as_npy_equal_masks_as_png() -> None:
     as_npy = {"image.png": members["image.png"], "masks.npy": buffer.getvalue()}
     for sample in (decode(members, with_masks=True), decode(as_npy, with_masks=True)):
         assert sample.masks is not None and np.array_equal(sample.masks, ids) and sample.masks.dtype == np.uint8
+
+
+@pytest.mark.parametrize("most", [255, 256, 65535])
+def test_masks_hold_as_many_objects_as_16_bits_tell_apart(most: int) -> None:
+    ids = np.linspace(0, most, 48).round().astype(np.uint16).reshape(8, 6)
+    image, buffer, npy = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.fromarray(ids).save(image, format="PNG")  # I;16
+    Image.fromarray(ids).convert("I").save(buffer, format="TIFF")
+    np.save(npy, ids.astype(np.uint32))
+    members = {"image.png": encode("x", picture(0))["image.png"]}
+    for found in (
+        encode("x", picture(0), ids),
+        members | {"masks.png": image.getvalue()},
+        members | {"masks.npy": npy.getvalue()},
+    ):
+        masks = decode(found, with_masks=True).masks
+        assert masks is not None and masks.dtype in (np.uint8, np.uint16) and np.array_equal(masks, ids)
+    with pytest.raises(BadSample, match="does not hold ids"):
+        decode(members | {"masks.png": buffer.getvalue()}, with_masks=True)
+    npy = io.BytesIO()
+    np.save(npy, ids.astype(np.int64) + 65536 - most)
+    with pytest.raises(BadSample, match=r"0 \.\. 65535"):
+        decode(members | {"masks.npy": npy.getvalue()}, with_masks=True)
+
+
+def test_an_image_in_deep_grey_is_refused_by_name() -> None:
+    """Pillow would clip it to white, and which of its bits count the file does not say."""
+    for mode in ("I;16", "I", "F"):
+        buffer = io.BytesIO()
+        deep = np.arange(600, 648).reshape(8, 6).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+        Image.fromarray(deep).save(buffer, format="PNG" if mode == "I;16" else "TIFF")
+        with pytest.raises(BadSample, match=r"image\.png cannot be decoded .*grey of more than 8 bits"):
+            decode({"image.png": buffer.getvalue()}, with_masks=False)
 
 
 def test_importing_the_package_takes_no_torch() -> None:
