@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from orchestration.cluster_cli import cluster
 from orchestration.recipe import RecipeError, load_recipe, recipe_names, state_home
 from pipelines.ingest.formats import FORMATS
 from pipelines.scenes import RENDERERS
@@ -30,6 +31,7 @@ shards = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(shards, name="shards")
+app.add_typer(cluster, name="cluster")
 console = Console(soft_wrap=True)
 _MOST_READERS = 4
 """Of a file that is read from its beginning: each reader unpacks all of it."""
