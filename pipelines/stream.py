@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -222,8 +223,9 @@ class Stream:
         self._decoder: Decoder = (
             Processes(decode_workers, self._decoding, rows) if decode_workers else InThread(self._decoding, rows)
         )
-        # With processes one step is decoded while the one before it is put together.
-        self._begun_ahead = 2 if decode_workers else 1
+        self._floats = _Recycled((self.micro_batch, 3, *plan.index.size))
+        # With processes some steps are decoded while the one before them is put together.
+        self._begun_ahead = 3 if decode_workers else 1
         self._to_device = _ToDevice(torch.device(device)) if torch.device(device).type == "cuda" else None
         self._prefetch = prefetch
         self._thread: _Prefetcher | None = None
@@ -394,7 +396,7 @@ class Stream:
         pixels = decoded.images[part]  # [m, H, W, 3]
         return MicroBatch(
             # A GPU makes them floats itself, from a quarter of the bytes.
-            images=to_model(pixels) if self._to_device is None else torch.from_numpy(pixels),
+            images=to_model(pixels, self._floats.array()) if self._to_device is None else torch.from_numpy(pixels),
             weight=torch.from_numpy((np.arange(part.start, part.stop) < real).astype(np.float32)),
             slot_noise=noise.get("slots"),
             gate_noise=noise.get("gate"),
@@ -460,6 +462,21 @@ class _Prefetcher:
             self._ready.put(made)
             if made.error is not None:
                 return
+
+
+class _Recycled:
+    """Arrays whose memory is used again once nothing refers to them: fresh pages cost as much as filling them."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._free: deque[NDArray[np.float32]] = deque()
+
+    def array(self) -> NDArray[np.float32]:
+        """float32 of the shape, with anything in it. A tensor that is made of it holds it for as long as it lives."""
+        memory = self._free.pop() if self._free else np.empty(self._shape, dtype=np.float32)
+        array = memory.view()
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array
 
 
 class _ToDevice:

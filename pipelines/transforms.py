@@ -183,11 +183,11 @@ def normalise(pixels: NDArray[np.uint8], mean: Sequence[float], deviation: Seque
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
-def to_model(pixels: NDArray[np.uint8]) -> "Tensor":
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]: pixel / 127.5 - 1."""
+def to_model(pixels: NDArray[np.uint8], memory: NDArray[np.float32] | None = None) -> "Tensor":
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]: pixel / 127.5 - 1; in `memory`, if it is given."""
     import torch
 
-    images = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
+    images = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32) if memory is None else memory
     turned = np.empty(images.shape[1:], dtype=np.uint8)
     for image, channels in zip(pixels, images, strict=True):  # image by image, while it is in the cache
         np.copyto(turned, image.transpose(2, 0, 1))  # [3, H, W]
