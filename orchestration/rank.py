@@ -19,6 +19,7 @@ from orchestration.files import write_bytes, write_json
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.run_folder import LeaseLostError, RunFolder, check_lease
 from orchestration.schedule import Schedule
+from orchestration.stopping import Stopped, StopRequest
 from orchestration.worker import DivergedError, Hook, StepReport, train
 from pipelines import Cache, DataError, Index, Plan, Purpose, Sources, micro_batches, read_index
 from pipelines.mixture import Order
@@ -131,6 +132,8 @@ def train_rank(config: Mapping[str, Any]) -> None:
     """
     try:
         _train_rank(config)
+    except Stopped:
+        logger.info("stopped, saved")
     except FINAL_ERRORS as error:
         failure = {"error": type(error).__name__, "message": str(error)}
         write_json(RunFolder(Path(config["folder"])).failure(config["lease"]), failure)
@@ -174,6 +177,8 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     logger.info("training from step %d on %d workers, %s, ZeRO stage %d", start, world, device, engine.zero_stage)
     curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots)
     saver = Saver(folder.checkpoints, token, rank, world, allowed=lambda: check_lease(folder, config["lease"]))
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    stop = StopRequest(folder.stop_request(config["lease"]), rank, world, address, lambda decide: _agree(decide, rank))
     held_out, evaluation_steps = evaluation_batches(recipe, data.eval, rank, world)
 
     def evaluate_held_out(report: StepReport) -> None:
@@ -191,11 +196,17 @@ def _train_rank(config: Mapping[str, Any]) -> None:
         curves.add({f"eval/{name}": value for name, value in evaluation.metrics().items()}, report.done)
 
     def save(report: StepReport) -> None:
-        if report.done % recipe.train.checkpoint_every and report.done != recipe.train.steps:
+        asked = stop.due(report.done)
+        if report.done % recipe.train.checkpoint_every and report.done != recipe.train.steps and not asked:
             return
         points = curves.take()  # raises if the loss has diverged: such a state is never saved
         saver.save(report.done, engine, points, {"steps": report.done, "recipe": recipe.digest(), "world": world})
         ray.train.report({"step": report.done})
+        if asked:
+            saver.wait()
+            if rank == 0:
+                folder.stop_request(config["lease"]).unlink(missing_ok=True)
+            raise Stopped
 
     hooks: list[Hook] = [curves.record, evaluate_held_out, save]
     if rank == 0:

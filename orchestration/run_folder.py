@@ -49,6 +49,10 @@ class RunFolder:
         """What stopped a driver's ranks for good; each driver looks at its own alone."""
         return self.path / f"failure-{lease:06d}.json"
 
+    def stop_request(self, lease: int) -> Path:
+        """Made by a driver that wants its ranks to save and stop; gone when they have."""
+        return self.path / f"stop-{lease:06d}"
+
     @property
     def logs(self) -> Path:
         return self.path / "logs"

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from orchestration.recipe import Recipe, RecipeError, load_recipe, recipe_names
 from orchestration.run_folder import Lease, LeaseHeldError, LeaseLostError, RunFolder
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 60.0  # that the workers have to save before they are stopped
 UNSCHEDULED_LIMIT = 30  # minutes that a cluster may take to find room for the workers
 INTERRUPTED = 130
 
@@ -119,12 +121,15 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
         ),
     )
     outcome: list[BaseException] = []
+    finished = threading.Event()  # not Thread.is_alive: a join that Ctrl-C interrupts takes the thread for dead
 
     def fit() -> None:
         try:
             trainer.fit()
         except BaseException as error:  # raised again below, in the main thread
             outcome.append(error)
+        finally:
+            finished.set()
 
     # Not in the main thread, where Ray would take Ctrl-C for itself.
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
@@ -132,16 +137,29 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
     logs = LogTail(folder.logs)
     tracker.status("RUNNING")
     outage = False
-    try:
-        thread.start()
-        while thread.is_alive() and not failure.exists():
-            thread.join(POLL_SECONDS)
+
+    def watch(over: Callable[[], bool] = lambda: False) -> None:
+        """Shows what the ranks do until they are done, or it is over."""
+        nonlocal outage
+        while not finished.is_set() and not failure.exists() and not over():
+            finished.wait(POLL_SECONDS)
             _show_live(folder.live, progress, bar)
             for line in logs.news():
                 progress.console.print(
                     line, style="dim" if " INFO " in line else "yellow", highlight=False, markup=False
                 )
             outage = _send(tracker, progress, outage)
+
+    try:
+        thread.start()
+        try:
+            watch()
+        except KeyboardInterrupt:
+            progress.console.print("stopping: the workers save first; once more stops them at once", style="yellow")
+            request, deadline = folder.stop_request(lease), time.monotonic() + STOP_SECONDS
+            request.touch()
+            watch(lambda: not request.exists() or time.monotonic() > deadline)
+            raise
         if failure.exists():
             facts = json.loads(failure.read_text())
             raise TrainingError(f"{facts['error']}: {facts['message']}")
@@ -153,11 +171,19 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
     except (KeyboardInterrupt, TrainingError) as stop:
         if not _send(tracker, progress, outage):  # an MLflow that is down does not hide why the run stopped
             tracker.status("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
+        if isinstance(stop, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"the newest checkpoint is of step {_newest_step(folder)}") from None
         raise
     progress.remove_task(bar)
     tracker.send_committed()
     tracker.status("FINISHED")
     shutil.rmtree(folder.path / "ray", ignore_errors=True)  # Ray's own notes; the run's folder is the truth
+
+
+def _newest_step(folder: RunFolder) -> int:
+    from orchestration.checkpoints import committed
+
+    return max((checkpoint.steps for checkpoint in committed(folder.checkpoints)), default=0)
 
 
 def _send(tracker: Any, progress: Progress, outage: bool) -> bool:
@@ -262,8 +288,9 @@ def main(recipe: str, overrides: list[str], fresh: bool) -> int:
         return _fail(str(error), 3)
     except (TrainingError, LeaseLostError, DataError, DamagedCheckpointError, MlflowException) as error:
         return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        where = f"; {stop}" if str(stop) else ""
+        return _fail(f"interrupted{where}; the same command goes on from the last checkpoint", INTERRUPTED)
     console.print(f"done in {time.monotonic() - began:.0f} s")
     return 0
 

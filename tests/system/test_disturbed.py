@@ -24,10 +24,13 @@ def test_kills_interrupts_and_a_torn_checkpoint_leave_no_trace_in_the_curve(twin
     at_kill = run.newest_step()
     run.wait_for_step(at_kill + 30, driver)
 
-    # Ctrl-C.
+    # Ctrl-C: the workers save first.
+    at_stop = run.newest_step()
     os.kill(driver.pid, signal.SIGINT)
     code, output = run.finish(driver)
     assert code == 130, output
+    assert run.newest_step() > at_stop
+    assert f"the newest checkpoint is of step {run.newest_step()}" in output
     assert "the same command goes on from the last checkpoint" in output
     assert run.client.get_run(run.run_id).info.status == "KILLED"
     assert run.newest_step() < STEPS, "the interrupt came too late to test anything"
