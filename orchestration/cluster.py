@@ -12,8 +12,9 @@ from orchestration.recipe import Recipe, state_home
 
 
 @contextmanager
-def ray_cluster(recipe: Recipe) -> Iterator[None]:
-    """Connects to the cluster of $RAY_ADDRESS (set in every submitted job), or starts Ray on this machine.
+def ray_cluster(workers: int) -> Iterator[None]:
+    """Connects to the cluster of $RAY_ADDRESS (set in every submitted job), or starts Ray on this machine, with room
+    for so many workers.
 
     A Ray that is started here demands a token, kept in a file that only its owner can read.
     """
@@ -33,7 +34,7 @@ def ray_cluster(recipe: Recipe) -> Iterator[None]:
     else:
         ray.init(
             address="local",
-            num_cpus=max(int(get_num_cpus()), recipe.parallel.workers.max),
+            num_cpus=max(int(get_num_cpus()), workers),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,

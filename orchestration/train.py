@@ -64,7 +64,7 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> Non
     newest = newest_valid(folder.checkpoints)
     if newest is None or newest.steps < recipe.train.steps or not is_prepared(recipe):
         console.print(f"run [bold]{recipe.name}[/]: starting Ray")
-        with ray_cluster(recipe), new_progress(console) as progress:
+        with ray_cluster(recipe.parallel.workers.max), new_progress(console) as progress:
             prepare(recipe, progress)
             digests = check_data(recipe)
             _pin_data(folder, digests)

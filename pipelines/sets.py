@@ -7,7 +7,6 @@ data/{a,b}/{000..099}.tar         these shards of the sets in data/a and data/b
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -127,11 +126,7 @@ def fetch_sidecar(folder: str, name: str, sources: Sources) -> Sidecar:
         content = sources.read(join(folder, file))
     except AbsentError as error:
         raise DataError(str(error)) from None
-    with _copy(file, content) as copy:
-        try:
-            return shards.read_sidecar(copy, name)
-        except DataError as error:
-            raise DataError(str(error).replace(copy, shown(folder))) from error
+    return shards.parse_sidecar(content, shown(join(folder, file)))
 
 
 def _index_of(folder: str, sources: Sources, asked: str) -> Index:
@@ -144,11 +139,7 @@ def _index_of(folder: str, sources: Sources, asked: str) -> Index:
         content = sources.read(join(folder, INDEX))
     except AbsentError:
         raise DataError(cure) from None
-    with _copy(INDEX, content) as copy:
-        try:
-            return shards.read_index(copy)
-        except DataError as error:
-            raise DataError(str(error).replace(copy, shown(folder))) from error
+    return shards.parse_index(content, shown(join(folder, INDEX)))
 
 
 def _selected(index: Index, names: Iterable[str], folder: str) -> Index:
@@ -167,10 +158,3 @@ def _joined(sets: Sequence[tuple[str, Index]]) -> Index:
         return Index.joined(sets)
     except ValueError as error:
         raise DataError(str(error)) from error
-
-
-def _copy(name: str, content: bytes) -> "tempfile.TemporaryDirectory[str]":
-    """A folder with a copy of one file, for what reads folders."""
-    folder = tempfile.TemporaryDirectory(prefix="slotforge-")
-    (Path(folder.name) / name).write_bytes(content)
-    return folder

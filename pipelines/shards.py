@@ -206,18 +206,32 @@ def read_index(folder: Path | str) -> Index:
     """
     path = Path(folder) / INDEX
     try:
-        content = json.loads(path.read_text())
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: not there; the set is not complete, make or index it first") from None
+    return parse_index(content, str(path))
+
+
+def parse_index(data: bytes, name: str) -> Index:
+    """The index in the bytes of an index.json.
+
+    Args:
+        name: path or address of the file, for messages.
+
+    Raises:
+        DataError: it is no index, of another version, or does not match its own digest.
+    """
+    try:
+        content = json.loads(data)
         if content["version"] != VERSION:
-            raise DataError(f"{path}: version {content['version']}, this reads {VERSION}; index the folder again")
+            raise DataError(f"{name}: version {content['version']}, this reads {VERSION}; index the folder again")
         height, width = content["size"]
         shards = tuple(_shard(entry) for entry in content["shards"])
         index = Index(shards, size=(int(height), int(width)), about=content["about"])
         if content["digest"] != index.digest or content["samples"] != index.num_samples:
-            raise DataError(f"{path}: its entries do not match its digest; index the folder again")
-    except FileNotFoundError:
-        raise DataError(f"{path}: not there; the set is not complete, make or index it first") from None
+            raise DataError(f"{name}: its entries do not match its digest; index the folder again")
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not an index ({type(error).__name__}: {error}); index the folder again") from error
+        raise DataError(f"{name}: not an index ({type(error).__name__}: {error}); index the folder again") from error
     return index
 
 
@@ -229,7 +243,23 @@ def read_sidecar(folder: Path | str, name: str) -> Sidecar:
     """
     path = _sidecar_path(Path(folder), name)
     try:
-        content = json.loads(path.read_text())
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: not there; index the folder again") from None
+    return parse_sidecar(content, str(path))
+
+
+def parse_sidecar(data: bytes, name: str) -> Sidecar:
+    """The sidecar in the bytes of its file.
+
+    Args:
+        name: path or address of the file, for messages.
+
+    Raises:
+        DataError: it is not a sidecar.
+    """
+    try:
+        content = json.loads(data)
         height, width = content["size"]
         sidecar = Sidecar(
             shard=_shard(content["shard"]),
@@ -241,10 +271,8 @@ def read_sidecar(folder: Path | str, name: str) -> Sidecar:
         )
         if len(sidecar.offsets) != sidecar.shard.samples + 1:
             raise ValueError(f"{len(sidecar.offsets)} offsets for {sidecar.shard.samples} samples")
-    except FileNotFoundError:
-        raise DataError(f"{path}: not there; index the folder again") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a sidecar ({type(error).__name__}: {error}); index the folder again") from error
+        raise DataError(f"{name}: not a sidecar ({type(error).__name__}: {error}); index the folder again") from error
     return sidecar
 
 
