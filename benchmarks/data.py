@@ -1,30 +1,42 @@
-"""How fast samples come, side by side on the same shards: python benchmarks/data.py --format jpg --processes 2
+"""How fast samples come, side by side on the same shards: python benchmarks/data.py [--write]
 
     read            the shards' bytes through the page cache, one process
-    decode          samples held in memory, decoded by each process on its own: the ceiling
+    decode          samples held in memory, decoded by each process on its own, by the stream's decoder: the ceiling
     stream          pipelines.stream: plan, windows, decode workers, micro batches in order
     webdataset      a DataLoader over webdataset with a shuffle buffer of as many samples as the stream's windows hold
     mosaic          a DataLoader over MosaicML Streaming, where it is installed; its own format, written first
     litdata         LitData's loader, where it is installed; its own format, written first
 
-Every rate is images a second over the same number of images after a warm-up, the best of `--repeats` turns. The readers
-take turns, so that what else the machine does hits all alike; it needs as many idle cores as processes, and one more.
+The others decode as they do by themselves or as their documentation shows, with Pillow, and hand out the same float32
+batches. Rates are images a second after a warm-up, the median of `--repeats` turns with their spread. CPU time, of this
+process and of the processes that it starts, tells more than rates where the machine has other work or few cores. The
+readers take turns, so that what else the machine does hits all alike; rates need as many idle cores as processes, and
+one more.
+
+The last two pin other versions of what slotforge uses: put them beside it with
+
+    pip install --no-deps mosaicml-streaming litdata lightning-utilities obstore tifffile brotli zstd python-snappy \\
+        cramjam xxhash catalogue torchvision transformers huggingface_hub tokenizers
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import importlib.util
 import io
-import json
 import multiprocessing
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -33,7 +45,19 @@ from pipelines.samples import decode
 from pipelines.stream import Stream
 from pipelines.transforms import to_model
 
-SHARDS, PER_SHARD, BATCH, LANES, WINDOW = 16, 250, 64, 8, 2
+SHARDS, PER_SHARD, BATCH, LANES, WINDOW, WARM = 24, 250, 64, 8, 2, 8
+BENCHMARKS = Path(__file__).parents[1] / "BENCHMARKS.md"
+BEGIN, END = "<!-- data -->", "<!-- /data -->"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a reader took: seconds of wall time, of this process's CPUs and of its workers', for so many images."""
+
+    images: int
+    wall: float
+    ours: float
+    workers: float
 
 
 def picture(number: int, side: int) -> np.ndarray:
@@ -69,26 +93,26 @@ def written(folder: Path, format: str, side: int) -> list[bytes]:
     return images
 
 
-# --- one turn each: how many images, in how many seconds -----------------------------------------------------------
+# --- one turn each -------------------------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> tuple[int, float]:
-    start = time.perf_counter()
+def read(folder: Path) -> Turn:
+    start, busy = time.perf_counter(), time.process_time()
     for path in sorted(folder.glob("*.tar")):
         path.read_bytes()
-    return SHARDS * PER_SHARD, time.perf_counter() - start
+    return Turn(SHARDS * PER_SHARD, time.perf_counter() - start, time.process_time() - busy, 0.0)
 
 
 def _decode(images: list[bytes], format: str, barrier: Any, results: Any) -> None:
-    decode({f"image.{format}": images[0]}, with_masks=False)
+    out = np.empty_like(decode({f"image.{format}": images[0]}, with_masks=False).image)
     barrier.wait()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     for image in images:
-        decode({f"image.{format}": image}, with_masks=False)
-    results.put(time.perf_counter() - start)
+        decode({f"image.{format}": image}, with_masks=False, out=out)
+    results.put((time.perf_counter() - start, time.process_time() - busy))
 
 
-def decode_only(images: list[bytes], format: str, processes: int) -> tuple[int, float]:
+def decode_only(images: list[bytes], format: str, processes: int) -> Turn:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(processes), context.Queue()
     each = len(images) // processes
@@ -98,29 +122,35 @@ def decode_only(images: list[bytes], format: str, processes: int) -> tuple[int, 
     ]
     for worker in workers:
         worker.start()
-    seconds = max(results.get(timeout=600) for _ in workers)
+    taken = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
-    return each * processes, seconds
+    return Turn(each * processes, max(wall for wall, _ in taken), 0.0, sum(busy for _, busy in taken))
 
 
-def timed(batches: Iterator[int], warm: int = 8) -> tuple[int, float]:
-    """Images and seconds after the first batches, which start processes and fill queues."""
-    for _ in range(warm):
+def timed(batches: Iterator[int]) -> Turn:
+    """From the batches after the first ones, which start processes and fill queues, to one before the last."""
+    for _ in range(WARM):
         next(batches)
-    start, images = time.perf_counter(), 0
-    for count in batches:
-        images += count
-    return images, time.perf_counter() - start
+    images, start, ours, workers = 0, time.perf_counter(), time.process_time(), children()
+    for _ in range(SHARDS * PER_SHARD // BATCH - 2 * WARM):
+        images += next(batches)
+    return Turn(images, time.perf_counter() - start, time.process_time() - ours, children() - workers)
 
 
-def stream(folder: Path, processes: int) -> tuple[int, float]:
+def children() -> float:
+    """CPU seconds of the processes that this one has started and that still live."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(time.user + time.system for time in times)
+
+
+def stream(folder: Path, processes: int) -> Turn:
     plan = Plan(read_index(folder), batch_size=BATCH, seed=1, lanes=LANES, window=WINDOW)
     with Stream(plan, folder, rank=0, world=1, micro_batch=BATCH, seed=1, noise={}, decode_workers=processes) as reader:
         return timed(len(reader.step(step)[0].ids) for step in range(plan.steps_per_epoch))
 
 
-def webdataset(folder: Path, processes: int) -> tuple[int, float]:
+def webdataset(folder: Path, processes: int) -> Turn:
     import webdataset as wds
 
     def ready(sample: dict[str, Any]) -> np.ndarray:
@@ -134,7 +164,12 @@ def webdataset(folder: Path, processes: int) -> tuple[int, float]:
     return timed(len(batch) for batch in loader)
 
 
-def mosaic(folder: Path, images: list[bytes], format: str, processes: int) -> tuple[int, float]:
+def by_pillow(data: bytes) -> torch.Tensor:
+    with Image.open(io.BytesIO(data)) as image:
+        return to_model(np.asarray(image.convert("RGB"))[None])[0]
+
+
+def mosaic(folder: Path, images: list[bytes], format: str, processes: int) -> Turn:
     from streaming import MDSWriter, StreamingDataset
 
     place = folder / "mosaic"
@@ -145,9 +180,7 @@ def mosaic(folder: Path, images: list[bytes], format: str, processes: int) -> tu
 
     class Decoded(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, at: int) -> torch.Tensor:
-            return to_model(
-                decode({f"image.{format}": super().__getitem__(at)["image"]}, with_masks=False).image[None]
-            )[0]
+            return by_pillow(super().__getitem__(at)["image"])
 
     data = Decoded(local=str(place), shuffle=True, batch_size=BATCH)
     return timed(
@@ -155,7 +188,7 @@ def mosaic(folder: Path, images: list[bytes], format: str, processes: int) -> tu
     )
 
 
-def litdata(folder: Path, images: list[bytes], format: str, processes: int) -> tuple[int, float]:
+def litdata(folder: Path, images: list[bytes], format: str, processes: int) -> Turn:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.writer import BinaryWriter
 
@@ -169,44 +202,108 @@ def litdata(folder: Path, images: list[bytes], format: str, processes: int) -> t
 
     class Decoded(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, at: Any) -> torch.Tensor:
-            return to_model(
-                decode({f"image.{format}": super().__getitem__(at)["image"]}, with_masks=False).image[None]
-            )[0]
+            return by_pillow(super().__getitem__(at)["image"])
 
     data = Decoded(str(place), shuffle=True)
-    return timed(len(batch) for batch in StreamingDataLoader(data, BATCH, num_workers=processes, prefetch_factor=4))
+    return timed(
+        len(batch) for batch in StreamingDataLoader(data, batch_size=BATCH, num_workers=processes, prefetch_factor=4)
+    )
+
+
+# --- all of them -------------------------------------------------------------------------------------------------
+
+
+def measured(format: str, side: int, processes: int, repeats: int) -> tuple[dict[str, list[Turn]], int]:
+    """Every reader's turns, and the bytes of an image."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = written(folder, format, side)
+        readers: dict[str, Callable[[], Turn]] = {
+            "read": lambda: read(folder),
+            "decode": lambda: decode_only(images, format, processes),
+            "stream": lambda: stream(folder, processes),
+            "webdataset": lambda: webdataset(folder, processes),
+        }
+        for reader, package in ((mosaic, "streaming"), (litdata, "litdata")):
+            if importlib.util.find_spec(package):
+                readers[reader.__name__] = lambda reader=reader: reader(folder, images, format, processes)
+        turns: dict[str, list[Turn]] = {reader: [] for reader in readers}
+        for _ in range(repeats):
+            for reader, turn in readers.items():
+                turns[reader].append(turn())
+    return turns, sum(map(len, images)) // len(images)
+
+
+def table(turns: dict[str, list[Turn]], title: str) -> str:
+    """A table of one format in Markdown."""
+    ceiling = statistics.median(turn.images / turn.wall for turn in turns["decode"])
+    cost = statistics.median(turn.workers / turn.images for turn in turns["decode"])
+    lines = [
+        title,
+        "",
+        "| reader | images/s (spread) | of ceiling | workers' CPU us an image | this process's | decoding's share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for reader, taken in turns.items():
+        rates = sorted(turn.images / turn.wall for turn in taken)
+        ours, workers = (
+            statistics.median(getattr(turn, name) / turn.images for turn in taken) for name in ("ours", "workers")
+        )
+        of_ceiling = "" if reader == "read" else f"{statistics.median(rates) / ceiling:.0%}"
+        share = f"{cost / workers:.0%}" if reader == "stream" and workers else ""
+        lines.append(
+            f"| {reader} | {statistics.median(rates):.0f} ({rates[0]:.0f} to {rates[-1]:.0f}) | {of_ceiling} | "
+            f"{1e6 * workers:.0f} | {1e6 * ours:.0f} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    names = ["torch", "numpy", "pillow", "simplejpeg", "imagecodecs", "webdataset", "mosaicml-streaming", "litdata"]
+    found = []
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
+
+
+def write(text: str) -> None:
+    """Put the text between its markers in BENCHMARKS.md, or at the end."""
+    page = BENCHMARKS.read_text()
+    before, begin, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2] if begin else "\n"
+    BENCHMARKS.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text}\n{END}{after}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", choices=("jpg", "png"), default="jpg")
+    parser.add_argument("--format", choices=("jpg", "png"), action="append", help="both if not given")
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="into BENCHMARKS.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder, n = Path(name), options.processes
-        images = written(folder, options.format, options.side)
-        readers: dict[str, Callable[[], tuple[int, float]]] = {
-            "read": lambda: read(folder),
-            "decode": lambda: decode_only(images, options.format, n),
-            "stream": lambda: stream(folder, n),
-            "webdataset": lambda: webdataset(folder, n),
-        }
-        for reader, package in ((mosaic, "streaming"), (litdata, "litdata")):
-            if importlib.util.find_spec(package):
-                readers[reader.__name__] = lambda reader=reader: reader(folder, images, options.format, n)
-        rates: dict[str, list[float]] = {reader: [] for reader in readers}
-        for _ in range(options.repeats):
-            for reader, turn in readers.items():
-                count, seconds = turn()
-                rates[reader].append(count / seconds)
-    best = {reader: round(max(turns)) for reader, turns in rates.items()}
-    facts = {"format": options.format, "side": options.side, "processes": n, "cores": os.cpu_count()}
-    facts |= {"machine": platform.machine(), "bytes_per_image": sum(map(len, images)) // len(images)}
-    shares = {reader: round(rate / best["decode"], 3) for reader, rate in best.items() if reader != "read"}
-    print(json.dumps(facts | {"images_per_second": best, "of_the_ceiling": shares, "turns": rates}))
+    parts = [
+        "## Samples a second",
+        f"    python benchmarks/data.py --processes {options.processes} --repeats {options.repeats}",
+        f"{options.side}x{options.side}, {options.processes} processes, {SHARDS * PER_SHARD} images, "
+        f"batches of {BATCH}, the median of {options.repeats}. {machine()}; {versions()}.",
+    ]
+    for format in options.format or ("jpg", "png"):
+        turns, size = measured(format, options.side, options.processes, options.repeats)
+        parts.append(table(turns, f"{format.upper()}, {size} bytes an image:"))
+        print(parts[-1], flush=True)
+    if options.write:
+        write("\n\n".join(parts))
 
 
 if __name__ == "__main__":

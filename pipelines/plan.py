@@ -9,6 +9,13 @@ entry j // lanes of lane j % lanes:
     windows (of 2)      |----- 0 ------|-- 1 ---|----- 0 ------|-- 1 ---|    each shuffled
     a step takes        ^^^                     ^^^                          batch / lanes from each, lane by lane
 
+How well it is shuffled: a batch can show lanes x window shards at most, those in memory. Of 400 shards of 1000 samples,
+with the defaults, a batch of 64 shows 28 of its 32, as many as 64 free draws would. A buffer that webdataset shuffles
+in the same memory shows 41, since it also holds rests of shards that were read long before; what it does worse is the
+rank correlation of position and shard over an epoch, 0.88 against 0.13 (measured in tests/pipelines/test_plan.py). More
+shards in a batch take more memory (16 lanes of 4 show 43) or more and smaller reads, a part of a shard at a time:
+neither the order nor the number of lanes that a rank opens gives more for nothing.
+
 Nothing here knows how many workers there are until `rank_slice` cuts the finished batch, so the order cannot depend on
 it. Memory is the epoch's shard permutation and one window per open lane; any step costs the same.
 """
