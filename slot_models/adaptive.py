@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slot_models.attention import MultiHeadSlotAttention, SlotAttention
-from slot_models.checks import check_finite, check_shape
+from slot_models.checks import check_choice, check_finite, check_positive, check_shape, check_slots
 from slot_models.precision import at_least_float, full_precision
 
 Stage = Literal["open", "random", "deciding"]
@@ -40,11 +40,12 @@ class SlotGate(nn.Module):
             between them.
 
     Raises:
-        ValueError: exploration is not in [0, 0.5).
+        ValueError: the width is not positive, or exploration is not in [0, 0.5).
     """
 
     def __init__(self, dim: int, *, keep_bias: float = 0.0, exploration: float = 0.0) -> None:
         super().__init__()
+        check_positive(dim=dim)
         if not 0 <= exploration < 0.5:
             raise ValueError(f"exploration: {exploration} is not in [0, 0.5)")
         self.limit = math.log((1 - exploration) / exploration) / 2 if exploration else math.inf
@@ -69,10 +70,12 @@ class SlotGate(nn.Module):
                 In both the gate still runs, with a gradient of zero: ZeRO-3 would repeat its last one otherwise.
 
         Raises:
-            ValueError: the temperature is not positive, or the noise has another shape than the logits.
+            ValueError: the temperature is not positive, there are no slots, the noise has another shape than the
+                logits, or there is no such stage.
         """
         check_temperature(temperature)
-        check_shape("slots", slots, ("B", "K", self.hidden.in_features))
+        check_choice("stage", stage, Stage)
+        check_slots("slots", slots, self.hidden.in_features)
         with full_precision(slots):
             logits = at_least_float(self.logits(self.hidden(self.norm(slots.to(self.norm.weight))).relu()))  # [B, K, 2]
         if stage == "random":
@@ -106,12 +109,13 @@ class PackageGate(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        check_positive(dim=dim)
         self.logits = nn.Linear(dim, 2, bias=False)
 
     def forward(self, slots: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> Gate:
         """slots [B, K, D], standard Gumbel noise [B, K, 2] -> Gate; without noise the decision is the likelier one."""
         check_temperature(temperature)
-        check_shape("slots", slots, ("B", "K", self.logits.in_features))
+        check_slots("slots", slots, self.logits.in_features)
         with full_precision(slots):
             logits = at_least_float(self.logits(slots.to(self.logits.weight))) / temperature  # [B, K, 2]
         noisy = logits
@@ -170,10 +174,14 @@ class AdaptiveSlotWrapper(nn.Module):
 
         Returns:
             slots [B, K, D]; keep [B, K], 0 or 1 in value, with the straight-through gradient.
+
+        Raises:
+            ValueError: see SlotAttention and SlotGate.
         """
         found = self.slot_attn(inputs, num_slots, slots=slots, noise=noise, input_mask=input_mask)
         gate = self.gate(found, gate_noise, self.temperature if temperature is None else temperature)
-        check_finite(gate.keep.detach(), gate_noise=gate_noise)
+        if gate_noise is not None:
+            check_finite(gate_noise, gate_noise=gate_noise)
         return found, gate.keep
 
 

@@ -9,7 +9,7 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
 from slot_models.attend import Competition, Update, attend
-from slot_models.checks import check_finite, check_positive, check_shape
+from slot_models.checks import check_choice, check_finite, check_mask, check_positive, check_shape, check_slots
 from slot_models.precision import full_precision
 
 Initial = Literal["shared", "per_slot"]
@@ -84,6 +84,16 @@ class _IterativeAttention(nn.Module):
             num_slots=num_slots, dim=dim, iters=iters, hidden_dim=hidden_dim, input_dim=input_dim, heads=heads,
             dim_head=dim_head,
         )  # fmt: skip
+        for name, value, choices in (
+            ("initial", initial, Initial),
+            ("gradient", gradient, Gradient),
+            ("update", update, Update),
+            ("competition", competition, Competition),
+        ):
+            check_choice(name, value, choices)
+        for name, epsilon in {"eps": eps, "norm_eps": norm_eps}.items():
+            if not epsilon >= 0:
+                raise ValueError(f"{name}: {epsilon} is negative")
         if initial_sigma is not None and not initial_sigma > 0:
             raise ValueError(f"initial_sigma: {initial_sigma} is not positive")
         self.num_slots, self.dim, self.iters, self.eps = num_slots, dim, iters, eps
@@ -165,7 +175,7 @@ class _IterativeAttention(nn.Module):
         Args:
             inputs: float [B, N, C].
             num_slots: K for this call.
-            slots: initial slots [B, K, D], instead of drawn ones.
+            slots: initial slots [B, K, D], instead of drawn ones; they decide K, and take no noise.
             noise: standard normal [B, K, D] of the initial slots; a fixed draw where it is not given, so that a result
                 never depends on the batch around it or on a generator's state.
             input_mask: bool [B, N], the inputs that count; the others have no effect, whatever they hold.
@@ -177,19 +187,24 @@ class _IterativeAttention(nn.Module):
             float [B, K, D], or Refined(slots, attention).
 
         Raises:
-            ValueError: a shape does not fit, or an argument holds NaN or infinity.
+            ValueError: a shape or dtype does not fit, there are no slots, an argument holds NaN or infinity, or has no
+                effect beside another.
         """
         check_shape("inputs", inputs, ("B", "N", self.to_key.shape[1]))
         batch, count, width = inputs.shape
         if input_mask is not None:
-            check_shape("input_mask", input_mask, (batch, count))
+            check_mask("input_mask", input_mask, (batch, count))
             inputs = inputs.masked_fill(~input_mask[..., None], 0.0)
         given = {"inputs": inputs, "slots": slots, "noise": noise, "input_noise": input_noise}
         if slots is None:
             slots = self.initial_slots(batch, self.num_slots if num_slots is None else num_slots, noise)  # [B, K, D]
-        check_shape("slots", slots, (batch, "K", self.dim))
+        else:
+            check_slots("slots", slots, self.dim)
+            check_shape("slots", slots, (batch, "K" if num_slots is None else num_slots, self.dim))
+            if noise is not None:
+                raise ValueError("noise: the initial slots are given, so it has no effect; leave one of the two out")
         if slot_mask is not None:
-            check_shape("slot_mask", slot_mask, tuple(slots.shape[:2]))
+            check_mask("slot_mask", slot_mask, tuple(slots.shape[:2]))
         if input_noise is not None:
             check_shape("input_noise", input_noise, (batch, self.iters, count, width))
 
@@ -215,7 +230,6 @@ class _IterativeAttention(nn.Module):
         self, slots: Tensor, inputs: Tensor, input_mask: Tensor | None, slot_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """One iteration: slots [B, K, D], attention [B, K, N]."""
-        batch = slots.shape[0]
         with full_precision(slots):
             queries = nn.functional.linear(self.norm_slots(slots), self.to_query, self.query_bias) * self.scale
             queries = rearrange(queries, "b k (h d) -> b h k d", h=self.heads)
@@ -244,7 +258,7 @@ class _IterativeAttention(nn.Module):
             updates = rearrange(updates, "b k h d -> b k (h d)")
             if self.combine_heads is not None:
                 updates = self.combine_heads(updates)
-            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).unflatten(0, (batch, -1))
+            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
             slots = slots + self.mlp(slots)  # [B, K, D]
         over_heads = "sum" if self.competition == "joint" else "mean"
         return slots, reduce(taken.attention, "b h k n -> b k n", over_heads)
@@ -262,7 +276,7 @@ class SlotAttention(_IterativeAttention):
         options: see AttentionOptions.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or an option is none of its choices.
     """
 
     def __init__(
@@ -290,7 +304,7 @@ class MultiHeadSlotAttention(_IterativeAttention):
         options: see AttentionOptions.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or an option is none of its choices.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from slot_models.adaptive import Gate, SlotGate, Stage
 from slot_models.attention import MultiHeadSlotAttention, SlotAttention
-from slot_models.checks import check_finite
+from slot_models.checks import check_choice, check_finite
 from slot_models.decoders import Decoded, Decoder, MixtureDecoder
 from slot_models.encoders import ConvEncoder, FeatureEncoder
 from slot_models.meta import MetaSlotAttention
@@ -87,6 +87,7 @@ class SlotAutoencoder(nn.Module):
         commitment: float = 0.0,
     ) -> None:
         super().__init__()
+        check_choice("gate_gradient", gate_gradient, GateGradient)
         if gate_gradient == "difference" and not isinstance(decoder, MixtureDecoder):
             raise ValueError(
                 "gate_gradient: 'difference' needs a decoder that mixes the slots' pictures, and "
@@ -139,7 +140,8 @@ class SlotAutoencoder(nn.Module):
             eps = self.decoder.mixture_eps
             differences = keep_differences(target, decoded.pictures, decoded.mask_logits, keep, eps)
             added = added + (differences * (keep - keep.detach())).sum(dim=1)
-        check_finite(decoded.reconstruction, images=images, slot_noise=slot_noise, gate_noise=gate_noise)
+        given = {"images": images, "slot_noise": slot_noise, "gate_noise": gate_noise, "input_noise": input_noise}
+        check_finite(decoded.reconstruction, **given)
         return SlotOutput(
             slots=slots,
             keep=keep,

@@ -1,5 +1,7 @@
 """What is wrong with a tensor that a user handed in, in a sentence."""
 
+from typing import Any, get_args
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,26 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None
     )
     if not fits:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not [{', '.join(map(str, shape))}]")
+
+
+def check_slots(name: str, slots: Tensor, width: int) -> None:
+    """Raises ValueError unless the tensor is [B, K, width] with one slot at least."""
+    check_shape(name, slots, ("B", "K", width))
+    if slots.shape[1] == 0:
+        raise ValueError(f"{name}: shape {tuple(slots.shape)} has no slots; give one at least")
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensor is a bool one of this shape."""
+    check_shape(name, mask, shape)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name}: dtype {mask.dtype} is not torch.bool; compare, as in weight > 0")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raises ValueError unless the value is one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}: {value!r} is none of {', '.join(get_args(choices))}")
 
 
 def check_finite(result: Tensor, **given: Tensor | None) -> None:

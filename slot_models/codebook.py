@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from slot_models.attention import fixed_noise
 from slot_models.checks import check_positive, check_shape
+from slot_models.precision import at_least_float, full_precision
 
 
 class Codebook(nn.Module):
@@ -42,8 +43,10 @@ class Codebook(nn.Module):
 
     def nearest(self, slots: Tensor) -> Tensor:
         """slots [..., D] -> the index of each one's nearest code (Euclidean), int64 [...]."""
-        codes = self.codes.to(slots.dtype)
-        products = einsum(slots, codes, "... d, m d -> ... m")
+        slots = at_least_float(slots)
+        codes = self.codes.to(slots)
+        with full_precision(slots):  # which slots are duplicates is not to depend on rounding
+            products = einsum(slots, codes, "... d, m d -> ... m")
         return (codes.square().sum(dim=1) - 2 * products).argmin(dim=-1)  # |slot|^2 is the same for every code
 
     def look_up(self, indices: Tensor) -> Tensor:
@@ -62,7 +65,12 @@ class Codebook(nn.Module):
         Returns:
             counts [M], and sums [M, D] of the slots nearest to each code, in float64: sums over micro batches and ranks
             add up.
+
+        Raises:
+            ValueError: the weight has another shape.
         """
+        if weight is not None:
+            check_shape("weight", weight, tuple(keep.shape[:1]))
         shares = keep.double() if weight is None else keep * weight.double()[:, None]  # [B, K]
         counts = torch.zeros(len(self.codes), dtype=torch.float64, device=slots.device)
         indices, shares = self.nearest(slots).flatten(), shares.flatten()

@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slot_models.checks import check_positive, check_shape
+from slot_models.checks import check_choice, check_positive, check_shape, check_slots
 from slot_models.encoders import glorot
 from slot_models.mixture import MIXTURE_EPS, masked_mixture
 from slot_models.positions import Size, coordinates, height_width
@@ -55,12 +55,12 @@ class Decoder(nn.Module):
             target: float [B, C, H, W], what is to be reconstructed, for decoders that go along it.
 
         Raises:
-            ValueError: a shape does not fit, or a target is missing.
+            ValueError: a shape does not fit, there are no slots, or a target is missing.
         """
         raise NotImplementedError
 
     def check(self, slots: Tensor, keep: Tensor) -> None:
-        check_shape("slots", slots, ("B", "K", self.slot_dim))
+        check_slots("slots", slots, self.slot_dim)
         check_shape("keep", keep, tuple(slots.shape[:2]))
 
 
@@ -139,8 +139,7 @@ class SpatialBroadcastDecoder(MixtureDecoder):
         for name, size in {"kernel": kernel, "output_kernel": output_kernel}.items():
             if size % 2 == 0 or not 0 < size <= min(self.grid):
                 raise ValueError(f"{name}: {size} is not an odd number up to the grid's {min(self.grid)}")
-        if mask not in ("pixel", "cell"):
-            raise ValueError(f"mask: {mask!r} is neither 'pixel' nor 'cell'")
+        check_choice("mask", mask, MaskCell)
         self.patch, self.mask, self.padding = patch, mask, kernel // 2
         self.position = nn.Linear(4, slot_dim)
         # The first layer's kernel is this module's own parameter: forward uses it twice, and ZeRO-3 gathers a

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from slot_models.checks import check_positive, check_shape
+from slot_models.checks import check_choice, check_positive, check_shape
 from slot_models.positions import Size, coordinates, height_width
 from slot_models.same_padding import SameConv2d
 
@@ -47,8 +47,7 @@ class ConvEncoder(nn.Module):
         check_positive(image_size=min(height, width), channels=channels, kernel=kernel)
         if kernel % 2 == 0:
             raise ValueError(f"kernel: {kernel} is even; take an odd one")
-        if padding not in ("same", "centred"):
-            raise ValueError(f"padding: {padding!r} is neither 'same' nor 'centred'")
+        check_choice("padding", padding, Padding)
         if not strides:
             raise ValueError("strides: there are none; give one for each layer")
         layers: list[nn.Module] = []

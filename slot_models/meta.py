@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from slot_models.attention import MultiHeadSlotAttention, SlotAttention
 from slot_models.checks import check_positive, check_shape
 from slot_models.codebook import Codebook
+from slot_models.precision import full_precision
 
 
 class MetaSlots(NamedTuple):
@@ -130,8 +131,9 @@ class MetaSlotAttention(nn.Module):
         commitment = self._commitment(slots, every)
         indices = self.codebook.nearest(slots.detach())
         same = (indices[:, :, None] == indices[:, None, :]).to(slots.dtype)  # [B, K, K]
-        merged = same @ slots / same.sum(dim=2, keepdim=True)
-        attention = same @ attention  # what the duplicates won together
+        with full_precision(slots):
+            merged = same @ slots / same.sum(dim=2, keepdim=True)
+            attention = same.to(attention) @ attention  # what the duplicates won together
         repeats = _repeats(indices)
         order = repeats.long().argsort(dim=1, stable=True)  # [B, K]
         keep = ~repeats.gather(1, order)

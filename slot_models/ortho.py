@@ -6,6 +6,8 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
+from slot_models.precision import full_precision
+
 
 class OrthoSlotWrapper(nn.Module):
     """Any module that finds slots, with the slots' orthogonality loss as one more output.
@@ -35,7 +37,8 @@ def orthogonality(slots: Tensor) -> Tensor:
         float [B]; its mean over the batch is the package's loss. Zero for a single slot.
     """
     centred = slots - slots.mean(dim=1, keepdim=True)
-    products = einsum(centred, centred, "b i d, b j d -> b i j")
+    with full_precision(slots):
+        products = einsum(centred, centred, "b i d, b j d -> b i j")
     num_slots = slots.shape[1]
     others = ~torch.eye(num_slots, dtype=torch.bool, device=slots.device)
     return (products.square() * others).sum(dim=(1, 2)) / max(num_slots * (num_slots - 1), 1)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slot_models.attention import SlotAttention
-from slot_models.checks import check_positive, check_shape
+from slot_models.attention import MultiHeadSlotAttention, SlotAttention
+from slot_models.checks import check_finite, check_positive, check_shape
 from slot_models.encoders import ConvEncoder, glorot
 from slot_models.matching import match
 from slot_models.precision import at_least_float
@@ -50,12 +50,15 @@ class SetPredictor(nn.Module):
 
     Args:
         encoder: images [B, 3, H, W] -> features [B, N, C].
-        slot_attention: takes the features, and the noise of the initial slots by the name ``noise``.
+        slot_attention: features to slots.
         classifier: slots [B, K, D] -> [B, K, 19].
     """
 
-    def __init__(self, encoder: nn.Module, slot_attention: nn.Module, classifier: nn.Module) -> None:
+    def __init__(
+        self, encoder: nn.Module, slot_attention: SlotAttention | MultiHeadSlotAttention, classifier: nn.Module
+    ) -> None:
         super().__init__()
+        slot_attention.checks_values = False  # forward names the images, and not what the encoder made of them
         self.encoder, self.slot_attention, self.classifier = encoder, slot_attention, classifier
 
     def forward(self, images: Tensor, slot_noise: Tensor | None = None) -> Tensor:
@@ -67,9 +70,13 @@ class SetPredictor(nn.Module):
 
         Returns:
             float [B, K, 19], see clevr_targets for the columns; the last is the confidence that a slot holds an object.
+
+        Raises:
+            ValueError: a shape does not fit, or an argument holds NaN or infinity.
         """
         slots = self.slot_attention(self.encoder(images), noise=slot_noise)  # [B, K, D]
         predictions: Tensor = self.classifier(slots)  # [B, K, 19]
+        check_finite(predictions, images=images, slot_noise=slot_noise)
         return predictions
 
 

@@ -38,8 +38,10 @@ class ViTBackbone(nn.Module):
         self.image_size = height_width(image_size)
         check_positive(image_size=min(self.image_size))
         model = _create(name, pretrained, self.image_size)
-        if not final_norm:
-            model.norm = nn.Identity()
+        # What is not used leaves: its parameters would get no gradient, and ZeRO-3 would repeat their last one.
+        for part in ("attn_pool", "fc_norm", *([] if final_norm else ["norm"])):
+            if isinstance(getattr(model, part, None), nn.Module):
+                setattr(model, part, nn.Identity())
         self.model: Any = model
         self.frozen = frozen
         self.dim: int = model.num_features

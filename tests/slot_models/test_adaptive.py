@@ -318,16 +318,27 @@ def test_a_wrappers_temperature_that_is_not_positive_is_named(temperature: float
         AdaptiveSlotWrapper(SlotAttention(4, 6))(torch.zeros(1, 3, 6), temperature=temperature)
 
 
-def test_gate_noise_that_is_not_finite_is_named() -> None:
+@pytest.mark.parametrize("gate", [SlotGate(6), PackageGate(6)], ids=["paper's", "package's"])
+def test_gate_noise_that_is_not_finite_is_named(gate: SlotGate | PackageGate) -> None:
     noise = gumbel(2, 4, 2)
     noise[1, 2, 0] = np.nan
     with pytest.raises(ValueError, match=r"^gate_noise: it holds NaN"):
-        AdaptiveSlotWrapper(SlotAttention(4, 6))(torch.zeros(2, 3, 6), gate_noise=noise)
+        AdaptiveSlotWrapper(SlotAttention(4, 6), gate=gate)(torch.zeros(2, 3, 6), gate_noise=noise)
 
 
-def test_slots_of_another_width_are_named() -> None:
+@pytest.mark.parametrize("gate", [SlotGate, PackageGate])
+def test_slots_that_do_not_fit_and_no_slots_are_named(gate: type[SlotGate] | type[PackageGate]) -> None:
     with pytest.raises(ValueError, match=r"^slots: shape \(2, 4, 5\) is not \[B, K, 6\]"):
-        build()(normal(2, 4, 5))
+        gate(6)(torch.zeros(2, 4, 5))
+    with pytest.raises(ValueError, match=r"^slots: shape \(2, 0, 6\) has no slots"):
+        gate(6)(torch.zeros(2, 0, 6))
+    with pytest.raises(ValueError, match=r"^dim: 0 is not positive"):
+        gate(0)
+
+
+def test_a_stage_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^stage: 'opne' is none of open, random, deciding"):
+        build()(normal(2, 4, 6), stage="opne")  # type: ignore[arg-type]
 
 
 def test_gumbel_noise_is_standard_gumbel_and_its_generators_alone() -> None:

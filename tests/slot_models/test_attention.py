@@ -13,7 +13,7 @@ from slot_oracles import distance, gradient_distance, gradients, published_slot_
 from torch import Tensor
 from torch.func import functional_call
 
-from slot_models import SlotAttention
+from slot_models import MultiHeadSlotAttention, SlotAttention
 from slot_models.attention import fixed_noise
 
 # batch, inputs, slots, dim, input_dim, iters, hidden_dim
@@ -269,6 +269,23 @@ def test_an_initial_sigma_that_is_not_positive_is_named(sigma: float) -> None:
         SlotAttention(4, 8, initial_sigma=sigma)
 
 
+@pytest.mark.parametrize("name", ["initial", "gradient", "update", "competition"])
+def test_a_choice_that_there_is_not_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: 'shard' is none of [a-z_]+, [a-z_]+"):
+        MultiHeadSlotAttention(4, 8, **{name: "shard"})
+
+
+@pytest.mark.parametrize("name", ["eps", "norm_eps"])
+@pytest.mark.parametrize("value", [-1e-8, float("nan")])
+def test_an_epsilon_that_is_negative_is_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: {value} is negative"):
+        SlotAttention(4, 8, **{name: value})
+
+
+def test_no_images_give_no_slots() -> None:
+    assert build()(normal(0, 9, 8)).shape == (0, 4, 8)
+
+
 @pytest.mark.parametrize("name", ["num_slots", "dim", "iters", "hidden_dim", "input_dim"])
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_size_that_is_not_positive_is_named(name: str, size: int) -> None:
@@ -292,6 +309,9 @@ def test_a_size_that_is_not_positive_is_named(name: str, size: int) -> None:
         ("slots", {}, {"slots": normal(2, 4, 7)}),
         ("slots", {}, {"slots": normal(1, 4, 8)}),
         ("slots", {}, {"slots": normal(4, 8)}),
+        ("slots", {}, {"slots": normal(2, 0, 8)}),
+        ("slots", {}, {"slots": normal(2, 4, 8), "num_slots": 3}),
+        ("noise", {}, {"slots": normal(2, 4, 8), "noise": normal(2, 4, 8)}),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named(name: str, options: Any, arguments: Any) -> None:

@@ -275,6 +275,23 @@ def test_a_model_that_diverges_shows_in_its_loss() -> None:
     assert not loss_of(model(images, *noises(SMALL, 2)), images, 0.0).isfinite()
 
 
+@pytest.mark.parametrize("name", ["images", "slot_noise", "gate_noise", "input_noise"])
+def test_what_is_given_and_is_not_finite_is_named(name: str) -> None:
+    model = build(SMALL | ({"gate": None, "codebook": {"size": 4}} if name == "input_noise" else {}))
+    given: dict[str, Tensor] = {"images": blocks(2, 9)} | dict(
+        zip(("slot_noise", "gate_noise"), noises(SMALL, 2), strict=True)
+    )
+    given["input_noise"] = torch.zeros(2, 2, 3, 9, 32)
+    given[name][1, 1, 1] = torch.nan
+    with pytest.raises(ValueError, match=f"^{name}: it holds NaN or infinity"):
+        model(**given)
+
+
+def test_a_gate_gradient_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^gate_gradient: 'steep' is none of slope, difference"):
+        build(SMALL | {"gate": {"gradient": "steep"}})
+
+
 @each_model
 def test_a_few_optimiser_steps_reduce_the_loss(sizes: dict[str, Any]) -> None:
     model, images = build(sizes), blocks(2, sizes["image_size"])
@@ -326,17 +343,15 @@ class Patches(nn.Module):
 
 FEATURE_DECODERS = {
     "mlp": lambda: MLPPatchDecoder(8, 6, Patches.grid, 16),
-    "transformer": lambda: TransformerDecoder(8, 6, Patches.grid, 8, 2, 2),
+    "transformer": lambda: TransformerDecoder(8, 6, Patches.grid, 32, 1, 2),
 }
 
 
-def of_features(kind: str, gate: bool = True, **options: Any) -> SlotAutoencoder:
+def of_features(kind: str, iters: int = 3, **options: Any) -> SlotAutoencoder:
     torch.manual_seed(0)
-    attention = SlotAttention(4, 8, hidden_dim=8, input_dim=10)
+    attention = SlotAttention(4, 8, iters, hidden_dim=8, input_dim=10)
     decoder = FEATURE_DECODERS[kind]()
-    model = SlotAutoencoder(
-        FeatureEncoder(6, 10), attention, SlotGate(8) if gate else None, decoder, backbone=Patches(), **options
-    )
+    model = SlotAutoencoder(FeatureEncoder(6, 10), attention, SlotGate(8), decoder, backbone=Patches(), **options)
     return model.double()
 
 
@@ -415,30 +430,43 @@ def test_masks_of_patches_are_resized_to_the_image() -> None:
 def traced(kind: str) -> tuple[SlotAutoencoder, list[tuple[Tensor, ...]]]:
     """A model, and inputs of two batch sizes."""
     if kind in FEATURE_DECODERS:
-        return of_features(kind), [scene(batch) for batch in (2, 5)]
-    once = {"attention": {"kind": "slots", "hidden_dim": 8, "iters": 1}}
-    deciding = {"gate": None, "codebook": {"size": 4}} if kind == "codebook" else {"gate": {"gradient": kind}}
-    model = build(SMALL | once | deciding).double()
+        return of_features(kind, iters=1), [scene(batch) for batch in (2, 5)]
+    slots = {"kind": "slots", "hidden_dim": 8, "iters": 1}
+    joint = {"kind": "heads", "heads": 2, "dim_head": 4, "competition": "joint", "iters": 1}
+    options: dict[str, Any] = {
+        "slope": {"attention": slots},
+        "difference": {"attention": slots | {"gradient": "bilevel", "iters": 2}, "gate": {"gradient": "difference"}},
+        "codebook": {"attention": joint, "codebook": {"size": 4}, "gate": None},
+        "upsampling": {"attention": slots, "decoder": {"kind": "upsampling", "channels": 4, "strides": (3, 1)}},
+    }[kind]
+    model = build(SMALL | options).double()
     return model, [(blocks(n, 9).double(), *(noise.double() for noise in noises(SMALL, n))) for n in (2, 5)]
 
 
-def test_the_whole_model_compiles_to_one_graph() -> None:
-    model, (inputs, _) = traced("difference")
+@pytest.mark.parametrize(  # one with a backward graph too, which takes as long again
+    ("kind", "backend"),
+    [("difference", "aot_eager"), ("codebook", "eager"), ("mlp", "eager"), ("transformer", "eager")],
+)
+def test_the_whole_model_compiles_to_one_graph(kind: str, backend: str) -> None:
+    model, (inputs, _) = traced(kind)
+    if kind == "mlp":
+        inputs = inputs[:1]  # without noise, as at evaluation
     torch.compiler.reset()
     found = []
-    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+    for forward in (model, torch.compile(model, fullgraph=True, backend=backend)):
         output = forward(*inputs)
         model.zero_grad()
         loss_of(output, inputs[0], 0.1).backward()
         found.append(
-            [part.detach() for part in parts(output)] + [parameter.grad.clone() for parameter in model.parameters()]
+            [part.detach() for part in parts(output)]
+            + [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
         )
     largest = max(float(part.abs().max()) for part in found[0])
     for plain, compiled in zip(*found, strict=True):
         assert (compiled - plain).abs().max() <= 1e-10 * largest
 
 
-@pytest.mark.parametrize("kind", ["slope", "codebook", "mlp"])
+@pytest.mark.parametrize("kind", ["slope", "difference", "codebook", "upsampling", *FEATURE_DECODERS])
 def test_the_whole_model_is_exported_for_any_batch(kind: str) -> None:
     model, (inputs, more) = traced(kind)
     batch = torch.export.Dim("batch")
@@ -448,19 +476,22 @@ def test_the_whole_model_is_exported_for_any_batch(kind: str) -> None:
         assert distance(mine, theirs) <= 1e-10
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("kind", ["demo", *FEATURE_DECODERS])
-def test_in_bf16_a_model_stays_finite_and_its_reconstruction_in_fp32(kind: str) -> None:
+def test_under_autocast_a_model_stays_finite_and_its_reconstruction_in_fp32(
+    kind: str, dtype: torch.dtype, most: float
+) -> None:
     if kind == "demo":
         model, arguments = build(DEMO), (blocks(2, 21), *noises(DEMO, 2))
     else:
         model, arguments = of_features(kind).float(), tuple(part.float() for part in scene(2))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         output = model(*arguments, stage="open")
         loss = (output.reconstruction - output.target).square().mean()
     assert output.reconstruction.dtype == output.target.dtype == output.masks.dtype == torch.float32
     loss.backward()
     whole = model(*arguments, stage="open")
-    assert distance(output.reconstruction, whole.reconstruction) <= 3e-2
+    assert distance(output.reconstruction, whole.reconstruction) <= most
     assert (output.masks.sum(dim=1) - 1).abs().max() <= 1e-4
     for parameter in model.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()

@@ -204,7 +204,13 @@ def test_in_bf16_mixture_and_softmax_stay_in_fp32(kind: str) -> None:
 @each_decoder
 @pytest.mark.parametrize(
     ("name", "slots", "keep"),
-    [("slots", (2, 3, 4), (2, 3)), ("slots", (3, 5), (3,)), ("keep", (2, 3, 5), (2, 4)), ("keep", (2, 3, 5), (3, 3))],
+    [
+        ("slots", (2, 3, 4), (2, 3)),
+        ("slots", (3, 5), (3,)),
+        ("slots", (2, 0, 5), (2, 0)),
+        ("keep", (2, 3, 5), (2, 4)),
+        ("keep", (2, 3, 5), (3, 3)),
+    ],
 )
 def test_what_does_not_fit_is_named(kind: str, name: str, slots: tuple[int, ...], keep: tuple[int, ...]) -> None:
     decoder = DECODERS[kind](5, (3, 4))

@@ -134,6 +134,19 @@ def test_commitment_is_the_mean_squared_distance_to_the_codes() -> None:
         assert distance(commitment, squares.mean() / 6) <= 1e-10
 
 
+def test_half_precision_changes_no_code_no_merging_and_no_loss() -> None:
+    codebook, slots = Codebook(256, 16), normal(64, 7, 16).float()
+    nearest = torch.cdist(slots.double(), codebook.codes.double()).argmin(dim=2)
+    merging = build(codebook_size=2, second_pass=False).float()
+    inputs = normal(2, 1, 6).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codebook.nearest(slots), nearest)
+        found = merging(inputs)
+        assert found.slots.dtype == found.attention.dtype == torch.float32
+        loss = orthogonality(slots)
+    assert loss.dtype == torch.float32 and distance(loss, orthogonality(slots)) <= 1e-6
+
+
 def test_codes_settle_on_the_clusters_of_the_slots() -> None:
     """Eight bunches far apart, one step after another: each ends up with a code at its mean, and the codes that no
     bunch needs do not disturb them."""
@@ -179,6 +192,8 @@ def test_what_does_not_fit_is_named() -> None:
         build(noise=-1)
     with pytest.raises(ValueError, match=r"^input_noise: shape "):
         build()(normal(2, 9, 6), input_noise=normal(2, 3, 9, 6))
+    with pytest.raises(ValueError, match=r"^weight: shape \(3,\) is not \[2\]"):
+        build()(normal(2, 9, 6), weight=torch.ones(3))
     with pytest.raises(ValueError, match=r"^codebook_size: 0 is not positive"):
         build(codebook_size=0)
 

@@ -280,6 +280,14 @@ def test_a_predictor_is_its_three_parts() -> None:
     assert parts(torch.rand(5, 3, 2, 3)).shape == (5, 2, 7)  # the encoder and the rest are the caller's
 
 
+@pytest.mark.parametrize("name", ["images", "slot_noise"])
+def test_what_a_predictor_is_given_and_is_not_finite_is_named(name: str) -> None:
+    given = {"images": torch.zeros(2, 3, 8, 8), "slot_noise": torch.zeros(2, 4, 16)}
+    given[name][1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=f"^{name}: it holds NaN or infinity"):
+        small_predictor()(**given)
+
+
 def test_a_predictor_learns_a_few_sets_by_heart() -> None:
     """Gradients reach every parameter, and what the loss asks for is what the average precision counts."""
     predictor = small_predictor()

@@ -262,17 +262,6 @@ def test_the_module_exports_with_a_dynamic_batch_and_number_of_inputs(kind: str)
         assert distance(program(other), attention(other)) <= 1e-6
 
 
-def test_the_module_compiles_whole() -> None:
-    attention, inputs, noise = build("joint", gradient="bilevel"), normal(3, 9, 6), normal(3, 4, 6, seed=3)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    expected, found = attention(inputs, noise=noise), compiled(inputs, noise=noise)
-    assert distance(found, expected) <= 1e-12
-    leaves = dict(attention.named_parameters())
-    mine, theirs = (gradients(slots.square().sum(), leaves) for slots in (found, expected))
-    assert gradient_distance(mine, theirs) <= 1e-10
-    assert distance(compiled(inputs), attention(inputs)) <= 1e-12
-
-
 @kinds
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["inputs", "slots", "noise"])
@@ -305,6 +294,13 @@ def test_weights_that_are_not_finite_are_no_fault_of_the_inputs(kind: str) -> No
 def test_an_argument_that_does_not_fit_is_named(name: str, argument: Tensor) -> None:
     with pytest.raises(ValueError, match=f"^{name}: shape "):
         build("one head")(normal(2, 9, 6), **{name: argument})
+
+
+@pytest.mark.parametrize(("name", "size"), [("input_mask", 9), ("slot_mask", 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_mask_of_another_dtype_is_named(name: str, size: int, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: dtype {dtype} is not torch.bool"):
+        build("one head")(normal(2, 9, 6), **{name: torch.ones(2, size, dtype=dtype)})
 
 
 @pytest.mark.parametrize("name", ["heads", "dim_head"])

@@ -20,6 +20,7 @@ from slot_models.vit import ViTBackbone
 
 TINY = "vit_tiny_patch16_224"  # images normalised by mean and deviation 0.5
 DINO = "vit_small_patch16_224.dino"  # by ImageNet's
+POOLED = ["vit_base_patch16_siglip_224", "vit_wee_patch16_reg1_gap_256"]  # by attention, and by a mean and its norm
 REGISTERS = "vit_small_patch14_reg4_dinov2"  # a class token and four registers
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -111,8 +112,9 @@ def test_a_frozen_backbone_never_trains(few_blocks: Any) -> None:
     assert not features.requires_grad and not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
-def test_a_backbone_that_is_not_frozen_trains_whole(few_blocks: Any) -> None:
-    backbone = ViTBackbone(TINY, image_size=32, frozen=False)
+@pytest.mark.parametrize("name", [TINY, *POOLED])
+def test_a_backbone_that_is_not_frozen_trains_whole(few_blocks: Any, name: str) -> None:
+    backbone = ViTBackbone(name, image_size=32, frozen=False)
     assert all(module.training for module in backbone.train().modules())
     assert not any(module.training for module in backbone.eval().modules())
     backbone(images(2, 32, 32)).square().sum().backward()
