@@ -69,6 +69,34 @@ def recipe(
         _fail(str(error), 2)
 
 
+@app.command(epilog="For example: slotforge plan tetrominoes --step-seconds 0.05 --price-per-hour 0.4")
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = [],  # noqa: B006
+    step_seconds: Annotated[float | None, typer.Option(help="seconds of one step, measured where it will run")] = None,
+    step_workers: Annotated[int | None, typer.Option(help="workers of that step; parallel.workers.min")] = None,
+    measure: Annotated[bool, typer.Option(help="time a few steps on this machine's CPU, if none is given")] = True,
+    price_per_hour: Annotated[float | None, typer.Option(help="of one worker's machine")] = None,
+    mtbf_hours: Annotated[float, typer.Option(help="mean time between failures of one node")] = 4.0,
+    disk_mb_per_second: Annotated[float, typer.Option(help="that one worker writes of a checkpoint")] = 200.0,
+    as_json: Annotated[bool, typer.Option("--json", help="plain values, in bytes and seconds")] = False,
+) -> None:
+    """Say what a recipe will take, before any money is spent: memory, steps, checkpoints, time and cost."""
+    import json
+
+    from orchestration import plan_report
+
+    given = plan_report.Assumptions(step_seconds, step_workers, measure, mtbf_hours, disk_mb_per_second, price_per_hour)
+    try:
+        found = plan_report.plan_run(load_recipe(recipe, overrides), given)
+    except RecipeError as error:
+        _fail(str(error), 2)
+    if as_json:
+        print(json.dumps(plan_report.as_json(found), indent=1))
+        return
+    plan_report.show(found, given, console)
+
+
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files, of any size")],

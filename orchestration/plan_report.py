@@ -1,0 +1,292 @@
+"""slotforge plan: what a recipe will take, before any money is spent."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from orchestration.plan_cost import STAGES, ModelSize, WorldPlan, world_plans, worlds
+from orchestration.plan_measure import StepTime, activation_bytes, model_size, scene_bytes, step_time
+from orchestration.prepare import data_folders, is_prepared
+from orchestration.rank import sources_of
+from orchestration.recipe import Recipe, RecipeError
+from pipelines import DataError, Sources, micro_batches, read_index
+from pipelines.sets import Sets, mixture
+
+MEASURE_SECONDS = 20.0
+GPU_OVERHEAD = "CUDA's context and kernels' workspaces (about 1 GB) come on top"
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the plan takes as given.
+
+    Fields:
+        step_seconds: of one step of the whole batch, measured elsewhere; None: measured here, or unknown.
+        step_workers: how many workers that step ran on; None: parallel.workers.min.
+        measure: a step on this machine's CPU, if no time is given.
+        mtbf_hours: mean time between failures of one node.
+        disk_mb_per_second: that one rank writes.
+        price_per_hour: of one worker's machine.
+    """
+
+    step_seconds: float | None = None
+    step_workers: int | None = None
+    measure: bool = True
+    mtbf_hours: float = 4.0
+    disk_mb_per_second: float = 200.0
+    price_per_hour: float | None = None
+
+    def check(self) -> None:
+        """Raises: RecipeError, a number is out of range."""
+        for name in ("step_seconds", "step_workers", "mtbf_hours", "disk_mb_per_second"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise RecipeError(f"--{name.replace('_', '-')}: {value} is not above 0; give a positive number")
+        if self.price_per_hour is not None and not (self.price_per_hour >= 0 and math.isfinite(self.price_per_hour)):
+            raise RecipeError(f"--price-per-hour: {self.price_per_hour} is negative; give what a worker costs an hour")
+        if self.step_workers is not None and self.step_seconds is None:
+            raise RecipeError(f"--step-workers: {self.step_workers} has no time to go with; give --step-seconds too")
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The training set.
+
+    Fields:
+        samples, bytes: None where they are not known yet.
+        estimated: whether the bytes are those of a few rendered scenes, scaled.
+        steps_per_epoch, epochs: None without samples.
+        cache_bytes: that each node's cache will hold; 0 where shards are read where they lie.
+        cache_limit: data.cache.gigabytes, in bytes.
+        note: why something is not known.
+    """
+
+    samples: int | None
+    bytes: float | None
+    estimated: bool
+    steps_per_epoch: int | None
+    epochs: float | None
+    cache_bytes: float | None
+    cache_limit: float
+    note: str | None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that is known before a run; `timing` says where its times are from."""
+
+    recipe: str
+    size: ModelSize
+    checkpoint_bytes: int
+    steps: int
+    batch_size: int
+    checkpoint_every: int
+    zero_stage: int
+    data: DataPlan
+    activations_per_sample: float
+    timing: str
+    worlds: tuple[WorldPlan, ...]
+
+
+def plan_run(recipe: Recipe, given: Assumptions) -> RunPlan:
+    """Plans a run.
+
+    Raises:
+        RecipeError: the model does not fit together, or an assumption is out of range.
+    """
+    given.check()
+    train, workers = recipe.train, recipe.parallel.workers
+    size = model_size(recipe)
+    activations = activation_bytes(recipe)
+    seconds, timing = _sample_seconds(recipe, given)
+    plans = world_plans(
+        size,
+        worlds(workers.min, min(workers.max, train.batch_size)),
+        steps=train.steps,
+        batch_size=train.batch_size,
+        largest=train.micro_batch,
+        checkpoint_every=train.checkpoint_every,
+        activations=activations,
+        sample_seconds=seconds,
+        mtbf_hours=given.mtbf_hours,
+        disk_rate=given.disk_mb_per_second * 1e6,
+        price_per_hour=given.price_per_hour,
+    )
+    return RunPlan(
+        recipe=recipe.name,
+        size=size,
+        checkpoint_bytes=size.checkpoint_bytes,
+        steps=train.steps,
+        batch_size=train.batch_size,
+        checkpoint_every=train.checkpoint_every,
+        zero_stage=recipe.parallel.zero_stage,
+        data=_data(recipe),
+        activations_per_sample=activations[1],
+        timing=timing,
+        worlds=tuple(plans),
+    )
+
+
+def as_json(plan: RunPlan) -> dict[str, Any]:
+    """The plan in plain values; bytes and seconds as they are."""
+    fields = dataclasses.asdict(plan)
+    for world, facts in zip(plan.worlds, fields["worlds"], strict=True):
+        facts["state"] = {
+            str(stage): {**dataclasses.asdict(state), "total": state.total}
+            for stage, state in zip(STAGES, world.state, strict=True)
+        }
+    return fields
+
+
+def show(plan: RunPlan, given: Assumptions, console: Console) -> None:
+    """Prints a plan as tables."""
+    size, data = plan.size, plan.data
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    frozen = f", {size.parameters - size.trained:,} of them frozen" if size.trained < size.parameters else ""
+    facts.add_row("parameters", f"{size.parameters:,}{frozen}")
+    facts.add_row("checkpoint", f"{_bytes(plan.checkpoint_bytes)}, every {plan.checkpoint_every} steps")
+    facts.add_row("steps", f"{plan.steps:,} of {plan.batch_size} images, at any number of workers")
+    if data.samples is not None:
+        facts.add_row(
+            "training set",
+            f"{data.samples:,} images, {_size_of(data)}: {data.steps_per_epoch:,} steps an epoch, "
+            f"{data.epochs:,.1f} epochs",
+        )
+    if data.note:
+        facts.add_row("training set", data.note)
+    facts.add_row("cache", _cache(data))
+    facts.add_row("activations", f"{_bytes(plan.activations_per_sample)} for each image of a micro batch, an estimate")
+    facts.add_row("times", plan.timing)
+    console.print(f"[bold]{plan.recipe}[/]", facts, sep="\n")
+
+    memory = Table(title="Memory of a rank", title_justify="left", box=None, pad_edge=False)
+    memory.add_column("workers", justify="right")
+    memory.add_column("micro batches", justify="right")
+    for stage in STAGES:
+        chosen = " (recipe)" if stage == plan.zero_stage else ""
+        memory.add_column(f"ZeRO {stage}{chosen}", justify="right")
+    memory.add_column("and activations", justify="right")
+    for world in plan.worlds:
+        memory.add_row(
+            str(world.workers),
+            f"{world.accumulation} x {world.micro_batch}",
+            *(_bytes(state.total) for state in world.state),
+            _bytes(world.activations),
+        )
+    console.print("", memory, sep="\n")
+
+    time = Table(title="Time and checkpoints", title_justify="left", box=None, pad_edge=False)
+    for column in ("workers", "a step", "checkpoints", "a save", "best", "in steps", "the run", "cost"):
+        time.add_column(column, justify="right")
+    for world in plan.worlds:
+        never = world.step_seconds is not None and world.hours is None
+        time.add_row(
+            str(world.workers),
+            _seconds(world.step_seconds),
+            _seconds(world.checkpoint_seconds),
+            _seconds(world.stall_seconds),
+            _seconds(world.best_seconds),
+            "unknown" if world.best_steps is None else f"{world.best_steps:,}",
+            "never ends" if never else _seconds(None if world.hours is None else world.hours * 3600),
+            "unknown" if world.cost is None else f"{world.cost:,.2f}",
+        )
+    console.print("", time, sep="\n")
+    for world in plan.worlds:
+        if world.step_seconds is not None and world.hours is None:
+            console.print(
+                f"train.checkpoint_every: {plan.checkpoint_every} steps of {world.workers} workers take "
+                f"{_seconds(world.checkpoint_seconds)}, and they fail more often; lower it to about {world.best_steps}",
+                style="yellow",
+            )
+    console.print(
+        f"\nBest: the time between checkpoints by Young and Daly. State is fp32; {GPU_OVERHEAD}. A node is lost every "
+        f"{given.mtbf_hours:g} hours and a rank writes {given.disk_mb_per_second:g} MB/s by assumption (--mtbf-hours, "
+        "--disk-mb-per-second); each worker has a machine of its own, and communication is not counted.",
+        style="dim",
+    )
+
+
+def _sample_seconds(recipe: Recipe, given: Assumptions) -> tuple[float | None, str]:
+    """Seconds of a sample's part of a step, and where they are from."""
+    if given.step_seconds is not None:
+        workers = given.step_workers or recipe.parallel.workers.min
+        count, size = micro_batches(recipe.train.batch_size, workers, recipe.train.micro_batch)
+        return given.step_seconds / (count * size), f"from a step of {given.step_seconds:g} s on {workers} workers"
+    if not given.measure:
+        return None, "unknown; give --step-seconds, or measure"
+    found: StepTime = step_time(recipe, MEASURE_SECONDS)
+    return found.sample_seconds, (
+        f"measured on this machine's CPU ({torch.get_num_threads()} threads, {found.steps} steps of "
+        f"{found.micro_batch} images): for GPUs give --step-seconds"
+    )
+
+
+def _data(recipe: Recipe) -> DataPlan:
+    limit, scenes = recipe.data.cache.gigabytes * 1e9, recipe.data.scenes
+    if scenes is not None and not is_prepared(recipe):
+        each = scene_bytes(scenes)
+        note = "its size is unknown: the renderer is not installed" if each is None else None
+        total = None if each is None else each * scenes.train
+        return _data_plan(recipe, scenes.train, total, True, -(-scenes.train // recipe.train.batch_size), 0.0, note)
+    place = data_folders(recipe).train
+    sources = Sources(tries=1, timeout=recipe.data.timeout, allow_pipe=recipe.data.allow_pipe)
+    try:
+        index = read_index(place, sources)
+        steps = -(-index.num_samples // recipe.train.batch_size)
+        if isinstance(place, Sets) and len(place) > 1:
+            shape = {"lanes": recipe.data.lanes, "window": recipe.data.window}
+            order = mixture(place, sources_of(recipe), batch_size=recipe.train.batch_size, seed=recipe.seed, **shape)
+            steps = order.steps_per_epoch
+    except (DataError, ValueError) as error:
+        return DataPlan(None, None, False, None, None, None, limit, f"unknown: {error}")
+    total = sum(shard.bytes for shard in index.shards)
+    cached = 0.0 if isinstance(place, Path) else min(float(total), limit)
+    return _data_plan(recipe, index.num_samples, float(total), False, steps, cached, None)
+
+
+def _data_plan(
+    recipe: Recipe, samples: int, total: float | None, estimated: bool, steps: int, cached: float, note: str | None
+) -> DataPlan:
+    limit = recipe.data.cache.gigabytes * 1e9
+    return DataPlan(samples, total, estimated, steps, recipe.train.steps / steps, cached, limit, note)
+
+
+def _size_of(data: DataPlan) -> str:
+    if data.bytes is None:
+        return "of unknown size"
+    return f"about {_bytes(data.bytes)}, still to be rendered" if data.estimated else _bytes(data.bytes)
+
+
+def _cache(data: DataPlan) -> str:
+    if data.cache_bytes is None:
+        return f"at most {_bytes(data.cache_limit)} on each node"
+    if data.cache_bytes == 0:
+        return "none: shards are read where they lie"
+    if data.bytes is not None and data.bytes > data.cache_limit:
+        return (
+            f"{_bytes(data.cache_limit)} on each node, less than the set: shards are fetched again in each epoch; "
+            "raise data.cache.gigabytes"
+        )
+    return f"{_bytes(data.cache_bytes)} on each node"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1000:.3g} ms"
