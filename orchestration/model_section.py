@@ -59,7 +59,7 @@ class MultiHeadSection(SlotAttentionSection):
 class CodebookSection(Section):
     """MetaSlot: slots with the same prototype become one (Liu et al. 2025)."""
 
-    size: PositiveInt = Field(512, description="prototypes")
+    size: PositiveInt = Field(1024, description="prototypes")
     decay: float = Field(0.9, gt=0, lt=1, description="of the prototypes' running means")
     noise: float = Field(0.5, ge=0, description="on the inputs of the first iteration; none in the last")
     commitment: float = Field(0.0, ge=0, description="weight of the slots' squared distance to their prototypes")
