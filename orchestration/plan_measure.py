@@ -40,7 +40,7 @@ def model_size(recipe: Recipe) -> ModelSize:
     """
     try:
         with torch.device("meta"):
-            module = build_autoencoder(**without_weights(recipe).model.model_dump())
+            module = build_autoencoder(**recipe.without_weights().model.model_dump())
     except (ValueError, ImportError) as error:
         raise RecipeError(f"model: {error}") from error
     parameters = list(module.parameters())
@@ -52,14 +52,6 @@ def model_size(recipe: Recipe) -> ModelSize:
             buffer.numel() * buffer.element_size() for name, buffer in module.named_buffers() if name in persistent
         ),
     )
-
-
-def without_weights(recipe: Recipe) -> Recipe:
-    """The same recipe, with nothing to fetch: sizes and times do not depend on the weights."""
-    if not getattr(recipe.model.encoder, "pretrained", False):
-        return recipe
-    encoder = recipe.model.encoder.model_copy(update={"pretrained": False})
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": encoder})})
 
 
 def saved_bytes(recipe: Recipe, model: SlotAutoencoder, samples: int) -> int:
@@ -102,7 +94,7 @@ def saved_bytes(recipe: Recipe, model: SlotAutoencoder, samples: int) -> int:
 
 def activation_bytes(recipe: Recipe) -> tuple[float, float]:
     """Bytes of activations at no sample, and for each sample more: a line through one and two samples."""
-    recipe = without_weights(recipe)
+    recipe = recipe.without_weights()
     model = build_model(recipe)
     one, two = (saved_bytes(recipe, model, samples) for samples in (1, 2))
     return float(2 * one - two), float(two - one)
@@ -116,7 +108,7 @@ def step_time(recipe: Recipe, budget: float) -> StepTime:
     Args:
         budget: seconds; it is passed where even a few samples take longer.
     """
-    recipe = without_weights(recipe)
+    recipe = recipe.without_weights()
     began, samples = time.perf_counter(), 1
     largest = min(recipe.train.micro_batch, recipe.train.batch_size)
     engine = PlainEngine(build_model(recipe), clip_norm=recipe.train.clip_norm, precision=recipe.parallel.precision)

@@ -168,6 +168,13 @@ class Recipe(Section):
     def registered_model(self) -> str:
         return self.registry.model or f"slotforge-{self.name}"
 
+    def without_weights(self) -> Self:
+        """The same recipe with nothing to fetch: shapes, sizes and times do not depend on the weights."""
+        if not getattr(self.model.encoder, "pretrained", False):
+            return self
+        encoder = self.model.encoder.model_copy(update={"pretrained": False})
+        return self.model_copy(update={"model": self.model.model_copy(update={"encoder": encoder})})
+
     def identity(self) -> dict[str, Any]:
         """The fields that make a run what it is: everything but how it is computed, shown and promoted."""
         return self.model_dump(mode="json", exclude=MUTABLE)

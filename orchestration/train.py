@@ -244,12 +244,9 @@ def _check_parts(recipe: Recipe) -> None:
     from orchestration.prepare import renderer
     from slot_models import build_autoencoder
 
-    model = recipe.model.model_dump()
-    if "pretrained" in model["encoder"]:
-        model["encoder"]["pretrained"] = False  # the workers fetch the weights
     try:
         with torch.device("meta"):
-            build_autoencoder(**model)
+            build_autoencoder(**recipe.without_weights().model.model_dump())
     except (ValueError, ImportError) as error:
         raise RecipeError(f"model: {error}") from error
     if recipe.data.scenes is not None:

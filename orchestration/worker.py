@@ -130,7 +130,6 @@ def train(
             share = micro.weight / size  # [m], of the global batch
             engine.backward(reconstruction + penalty + output.auxiliary, share)
             means = means + share @ _curves(output, reconstruction, penalty, micro.num_objects, background_slots)
-
             if output.code_tally is not None:
                 tally = tally + output.code_tally
 
