@@ -11,7 +11,7 @@ from orchestration.data_section import ScenesSection, SetSection
 from orchestration.rank import Data, sources_of, training_stream
 from orchestration.recipe import Recipe, RecipeError, state_home
 from orchestration.run_folder import Lease, LeaseHeldError, RunFolder
-from orchestration.shard_work import over_ray, rendered, scene_set, shard_sizes
+from orchestration.shards.work import over_ray, rendered, scene_set, shard_sizes
 from pipelines import DataError, Index, WeightedSet, read_index
 from pipelines.scenes import Renderer
 from pipelines.sets import Place, Sets, place_of

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from orchestration.recipe import Recipe, RecipeError, load_recipe, recipe_names
 from orchestration.run_folder import Lease, LeaseHeldError, LeaseLostError, RunFolder
+from orchestration.terminal import complain, new_progress
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0  # that the workers have to save before they are stopped
@@ -56,7 +57,7 @@ def run(recipe: Recipe, *, fresh: bool = False, console: Console | None = None) 
 def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> None:
     # Heavy imports wait until the recipe is known to be right.
     from orchestration.checkpoints import newest_valid
-    from orchestration.cluster import ray_cluster
+    from orchestration.clusters.connection import ray_cluster
     from orchestration.prepare import check_data, data_folders, is_prepared, prepare
     from orchestration.show import report
     from orchestration.tracking import Tracker
@@ -85,7 +86,7 @@ def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: 
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from orchestration.cluster import cpus_per_worker, use_gpu
+    from orchestration.clusters.connection import cpus_per_worker, use_gpu
     from orchestration.prepare import data_folders
     from orchestration.rank import train_rank
 
@@ -231,12 +232,6 @@ def _show_live(path: Path, progress: Progress, bar: Any) -> None:
     progress.update(bar, completed=live["step"], description=text)
 
 
-def new_progress(console: Console) -> Progress:
-    """The progress bars of everything that takes long."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=False)
-
-
 def _check_parts(recipe: Recipe) -> None:
     """Makes what only torch and the renderer can judge, before anything starts."""
     import torch
@@ -295,11 +290,6 @@ def main(recipe: str, overrides: list[str], fresh: bool) -> int:
 def _fail(message: str, code: int) -> int:
     complain(message)
     return code
-
-
-def complain(message: str) -> None:
-    """An error, as it stands: brackets in it are not Rich's markup."""
-    Console(stderr=True, soft_wrap=True).print(f"slotforge: {message}", style="red", highlight=False, markup=False)
 
 
 def _arguments() -> argparse.Namespace:

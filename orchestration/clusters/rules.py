@@ -14,6 +14,8 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+Config = dict[str, Any]
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BUCKETS = ("s3://", "gs://", "abfss://")
 LONGEST_IDLE = 60  # minutes

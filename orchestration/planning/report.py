@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from orchestration.plan_cost import STAGES, ModelSize, WorldPlan, world_plans, worlds
-from orchestration.plan_measure import StepTime, activation_bytes, model_size, scene_bytes, step_time
+from orchestration.planning.cost import STAGES, ModelSize, WorldPlan, world_plans, worlds
+from orchestration.planning.measure import StepTime, activation_bytes, model_size, scene_bytes, step_time
 from orchestration.prepare import data_folders, is_prepared
 from orchestration.rank import sources_of
 from orchestration.recipe import Recipe, RecipeError

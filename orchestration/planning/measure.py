@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orchestration.data_section import ScenesSection
 from orchestration.engine import PlainEngine
-from orchestration.plan_cost import ModelSize
+from orchestration.planning.cost import ModelSize
 from orchestration.rank import build_model
 from orchestration.recipe import Recipe, RecipeError
 from orchestration.schedule import Schedule

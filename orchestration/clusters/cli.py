@@ -27,7 +27,7 @@ def check(
     Ours see what Ray passes on unread: fields of node_config, machines against declared resources, the image against
     the Ray that the project pins, spot and its fallback, what is public, the token, MLflow's bucket, secrets.
     """
-    from orchestration.cluster_check import ClusterFileError, check_cluster
+    from orchestration.clusters.check import ClusterFileError, check_cluster
 
     out, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
     try:

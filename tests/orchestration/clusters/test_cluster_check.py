@@ -17,14 +17,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from orchestration import cluster_check, kuberay_check
 from orchestration.cli import app
-from orchestration.cluster_check import ClusterFileError, check_cluster, launcher_problems, prepare
-from orchestration.cluster_rules import pinned_ray, secret_problems, starts
-from orchestration.kuberay_check import kuberay_problems
-from orchestration.machines import AWS, RUN_INSTANCES
+from orchestration.clusters import kuberay, launcher, nodes
+from orchestration.clusters.check import ClusterFileError, check_cluster
+from orchestration.clusters.kuberay import kuberay_problems
+from orchestration.clusters.launcher import launcher_problems, prepare
+from orchestration.clusters.machines import AWS, RUN_INSTANCES
+from orchestration.clusters.rules import pinned_ray, secret_problems, starts
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = {"aws": ROOT / "cluster.yaml", "gcp": ROOT / "clusters/gcp.yaml", "k8s": ROOT / "clusters/kuberay-rayjob.yaml"}
 NOTHING = object()  # the field is taken away
 
@@ -414,10 +415,8 @@ def test_rays_own_validators_are_called(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(ray_util, "validate_config", refuse)
     monkeypatch.setattr(autoscaling_config, "validate_config", refuse)
-    assert "refused: ['gpu-on-demand', 'gpu-spot', 'head']" in str(cluster_check.ray_refuses(load("aws")))
-    assert "refused: ['gpu', 'headgroup']" in str(
-        kuberay_check.ray_refuses("spec", load("k8s")["spec"]["rayClusterSpec"])
-    )
+    assert "refused: ['gpu-on-demand', 'gpu-spot', 'head']" in str(launcher.ray_refuses(load("aws")))
+    assert "refused: ['gpu', 'headgroup']" in str(kuberay.ray_refuses("spec", load("k8s")["spec"]["rayClusterSpec"]))
 
 
 def test_rays_scheduler_falls_back_from_spot_by_version_2_alone() -> None:
@@ -479,7 +478,7 @@ def test_the_small_table_of_fields_is_a_part_of_what_ec2_takes(monkeypatch: pyte
 
     shape = Session().get_service_model("ec2").operation_model("RunInstances").input_shape
     assert set(shape.members) >= RUN_INSTANCES
-    cluster_check._run_instances.cache_clear()
+    nodes.run_instances.cache_clear()
     monkeypatch.setitem(sys.modules, "botocore.session", None)  # without botocore
     config = load("aws")
     assert problems_of(config, tmp_path) == []

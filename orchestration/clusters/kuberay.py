@@ -3,13 +3,14 @@
 import copy
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import yaml
 
-from orchestration.cluster_rules import (
+from orchestration.clusters.machines import KUBERAY
+from orchestration.clusters.rules import (
     LONGEST_IDLE,
     LOOPBACK,
+    Config,
     Start,
     image_problems,
     mlflow_problems,
@@ -22,9 +23,7 @@ from orchestration.cluster_rules import (
     unknown,
     within,
 )
-from orchestration.machines import KUBERAY
 
-Config = dict[str, Any]
 _SPOT_LABELS = ("karpenter.sh/capacity-type", "eks.amazonaws.com/capacityType", "cloud.google.com/gke-spot")
 
 

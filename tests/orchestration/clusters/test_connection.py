@@ -3,7 +3,7 @@
 import stat
 from pathlib import Path
 
-from orchestration.cluster import token_file
+from orchestration.clusters.connection import token_file
 
 
 def test_a_token_is_readable_by_its_owner_alone_and_stays_the_same(tmp_path: Path) -> None:

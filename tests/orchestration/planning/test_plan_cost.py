@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save
 from typer.testing import CliRunner
 
-from orchestration import plan_measure, plan_report
 from orchestration.cli import app
 from orchestration.engine import PlainEngine
-from orchestration.plan_cost import (
+from orchestration.planning import measure as plan_measure
+from orchestration.planning import report as plan_report
+from orchestration.planning.cost import (
     STAGES,
     ModelSize,
     best_interval,
@@ -27,8 +28,8 @@ from orchestration.plan_cost import (
     world_plans,
     worlds,
 )
-from orchestration.plan_measure import StepTime, activation_bytes, model_size, saved_bytes, scene_bytes, step_time
-from orchestration.plan_report import Assumptions, as_json, plan_run
+from orchestration.planning.measure import StepTime, activation_bytes, model_size, saved_bytes, scene_bytes, step_time
+from orchestration.planning.report import Assumptions, as_json, plan_run
 from orchestration.prepare import data_folders
 from orchestration.rank import Data, build_model
 from orchestration.recipe import Recipe, parse_recipe
