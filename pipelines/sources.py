@@ -34,6 +34,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import urllib3
 
 from pipelines.errors import DataError, TransientError
+from pipelines.object_stores import object_store
 
 __all__ = ["AbsentError", "ChangedError", "Sources", "Version", "join", "local_path", "shown"]
 
@@ -414,8 +415,7 @@ class _Arrow:
     """S3 and Google Cloud Storage, by pyarrow's clients; their own retries are off where they can be."""
 
     def __init__(self, scheme: str, timeout: float) -> None:
-        self._scheme, self._timeout = scheme, timeout
-        self._made = lru_cache(maxsize=16)(self._system)
+        self._made = lru_cache(maxsize=16)(lambda bucket: object_store(scheme, bucket, timeout=timeout))
 
     def open(self, url: str, first: int, last: int | None, known: Version | None) -> tuple[Version, Iterator[bytes]]:
         bucket, _, key = url.partition("://")[2].partition("/")
@@ -437,31 +437,6 @@ class _Arrow:
                 ) from error
             raise
         return Version(info.size, str(info.mtime_ns or "")), iter([data])
-
-    def _system(self, bucket: str) -> Any:
-        from pyarrow import fs
-
-        if self._scheme == "gs":
-            from datetime import timedelta
-
-            host = os.environ.get("STORAGE_EMULATOR_HOST")
-            limit = timedelta(seconds=self._timeout)
-            if host:
-                parts = urlsplit(host if "://" in host else f"http://{host}")
-                return fs.GcsFileSystem(
-                    anonymous=True, endpoint_override=parts.netloc, scheme=parts.scheme, retry_time_limit=limit
-                )
-            return fs.GcsFileSystem(retry_time_limit=limit)
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if region is None and not os.environ.get("AWS_ENDPOINT_URL"):
-            region = fs.resolve_s3_region(bucket)
-        return fs.S3FileSystem(
-            region=region,
-            endpoint_override=os.environ.get("AWS_ENDPOINT_URL"),
-            request_timeout=self._timeout,
-            connect_timeout=self._timeout,
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
-        )
 
 
 class _Pipe:
