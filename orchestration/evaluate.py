@@ -51,6 +51,11 @@ class Evaluation:
         return metrics
 
 
+def yardstick(metrics: Mapping[str, float]) -> tuple[str, int]:
+    """The metric by which models are compared, and its sign: the highest fg_ari; without masks, the lowest error."""
+    return ("fg_ari", 1) if "fg_ari" in metrics else ("reconstruction", -1)
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor], SlotOutput],

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import slot_models
-from orchestration.evaluate import Evaluation
+from orchestration.evaluate import Evaluation, yardstick
 from orchestration.recipe import Recipe
 from orchestration.tracking import Tracker, is_absent
 
@@ -111,7 +111,7 @@ def _refusal(
         if not is_absent(error):
             raise
         return None  # the first one
-    measure, sign = ("fg_ari", 1) if "fg_ari" in metrics else ("reconstruction", -1)
+    measure, sign = yardstick(metrics)
     theirs = champion.tags.get(f"eval.{measure}")
     same_data = champion.tags.get("eval.data") == held_out_digest
     if champion.version == version or theirs is None or not same_data:
