@@ -42,5 +42,6 @@ def object_store(scheme: str, bucket: str, *, timeout: float, attempts: int = 1)
         endpoint_override=os.environ.get("AWS_ENDPOINT_URL"),
         request_timeout=timeout,
         connect_timeout=timeout,
+        allow_delayed_open=True,  # what is small goes in one request
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
     )
