@@ -34,11 +34,13 @@ class Engine(Protocol):
     def gradient_norm(self) -> float:
         """Norm of the last step's global gradient, before clipping."""
 
-    def named_state(self, owned: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """weight, exp_avg and exp_avg_sq of each parameter in fp32 on the CPU, by name; the weight alone of a frozen
-        one, and of a persistent buffer. All ranks iterate together.
+    def named_state(self, owned: bool, live: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """weight, exp_avg and exp_avg_sq of each parameter in fp32, by name; the weight alone of a frozen one, and of
+        a persistent buffer. All ranks iterate together.
 
-        With ``owned`` a rank is given its own share of the names alone, so that no host needs all of them.
+        With ``owned`` a rank is given its own share of the names alone, so that no host needs all of them. With
+        ``live`` tensors are the engine's own where they can be, on its device, good until the next step; without,
+        copies on the CPU.
         """
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]], steps: int) -> None:
@@ -86,11 +88,11 @@ class PlainEngine:
     def gradient_norm(self) -> float:
         return float(self._norm) if self._norm is not None else float("nan")
 
-    def named_state(self, owned: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def named_state(self, owned: bool, live: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self.module.named_parameters():
-            yield name, _plain_state(parameter, self.optimizer)
+            yield name, _given(_plain_state(parameter, self.optimizer), live)
         for name, buffer in _buffers(self.module):
-            yield name, {"weight": buffer.detach().cpu().clone()}
+            yield name, _given({"weight": buffer.detach()}, live)
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]], steps: int) -> None:
         _load_plain(self.module, self.optimizer, moments, steps)
@@ -166,15 +168,15 @@ class DeepSpeedEngine:
     def gradient_norm(self) -> float:
         return float(self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm())
 
-    def named_state(self, owned: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def named_state(self, owned: bool, live: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
         number = 0
         for number, (name, parameter) in enumerate(self.module.named_parameters(), start=1):
             state = self._state(parameter)
             if not owned or number % self.world == self.rank:
-                yield name, {key: value.detach().float().cpu().clone() for key, value in state.items()}
+                yield name, _given({key: value.detach().float() for key, value in state.items()}, live)
         for following, (name, buffer) in enumerate(_buffers(self.module), start=number + 1):
             if not owned or following % self.world == self.rank:
-                yield name, {"weight": buffer.detach().cpu().clone()}
+                yield name, _given({"weight": buffer.detach()}, live)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         import deepspeed
@@ -281,7 +283,11 @@ def _plain_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> d
     if parameter.requires_grad:
         state = optimizer.state.get(parameter, {})
         moments = {key: state.get(key, torch.zeros_like(parameter)) for key in MOMENTS}
-    return {key: value.detach().float().cpu().clone() for key, value in {"weight": parameter, **moments}.items()}
+    return {key: value.detach().float() for key, value in {"weight": parameter, **moments}.items()}
+
+
+def _given(state: dict[str, Tensor], live: bool) -> dict[str, Tensor]:
+    return state if live else {key: value.cpu().clone() for key, value in state.items()}
 
 
 def _load_plain(
