@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     SCENES = 4
     WEIGHTS = 5
     INPUTS = 6
+    BOOTSTRAP = 7
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, place: int = 0) -> np.random.Generator:

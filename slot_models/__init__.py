@@ -33,6 +33,7 @@ from slot_models.metrics import (
     segmentation_metrics,
 )
 from slot_models.mixture import keep_differences, masked_mixture
+from slot_models.object_finder import ObjectFinder
 from slot_models.ortho import OrthoSlotWrapper
 from slot_models.patch_decoders import MLPPatchDecoder
 from slot_models.set_prediction import SetClassifier, SetPredictor, build_set_predictor, clevr_targets, set_loss
@@ -53,6 +54,7 @@ __all__ = [
     "MetricSums",
     "MixtureDecoder",
     "MultiHeadSlotAttention",
+    "ObjectFinder",
     "OrthoSlotWrapper",
     "PackageGate",
     "SetClassifier",
