@@ -56,6 +56,25 @@ def yardstick(metrics: Mapping[str, float]) -> tuple[str, int]:
     return ("fg_ari", 1) if "fg_ari" in metrics else ("reconstruction", -1)
 
 
+def image_metrics(output: SlotOutput, masks: Tensor | None) -> dict[str, Tensor]:
+    """Each image's metrics: reconstruction [m]; with true masks [m, H, W] those of SEGMENTATION too, float64 [m]."""
+    error = reconstruction_error(output)
+    if masks is None:
+        return {"reconstruction": error}
+    found = segmentation_metrics(masks, output.masks_at(*masks.shape[-2:]).float())
+    return {"reconstruction": error, **found}
+
+
+def is_finite(output: SlotOutput) -> bool:
+    """Whether the masks and the reconstruction error of every image are."""
+    return bool(output.masks.isfinite().all() and reconstruction_error(output).isfinite().all())
+
+
+def kept_slots(output: SlotOutput) -> Tensor:
+    """How many slots each image keeps. int64 [m]"""
+    return output.keep.sum(dim=1).round().long()
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor], SlotOutput],
@@ -81,16 +100,13 @@ def evaluate(
     for micro in micro_batches:
         micro = micro.to(torch.device(device))
         output = forward(micro.images)
-        error = reconstruction_error(output)
-        if not bool(error.isfinite().all() and output.masks.isfinite().all()):
+        if not is_finite(output):
             raise DivergedError("what the model makes of held-out images is not finite; lower train.learning_rate")
-        real = micro.weight > 0
-        errors += MetricSums.from_batch({"reconstruction": error}, real)
-        if micro.masks is not None:
-            found = segmentation_metrics(micro.masks, output.masks_at(*micro.masks.shape[-2:]).float())
+        found, real = image_metrics(output, micro.masks), micro.weight > 0
+        errors += MetricSums.from_batch({"reconstruction": found.pop("reconstruction")}, real)
+        if found:
             segmentation += MetricSums.from_batch(found, real)
-        kept = output.keep.sum(dim=1).round().long()
-        confusion += count_confusion(kept[real], micro.num_objects[real], num_slots, MOST_OBJECTS).cpu()
+        confusion += count_confusion(kept_slots(output)[real], micro.num_objects[real], num_slots, MOST_OBJECTS).cpu()
     everything = total(torch.cat([errors.tensor(), segmentation.tensor(), confusion.flatten()]))
     first, second = 2, 2 + 2 * len(SEGMENTATION)
     errors = MetricSums.from_tensor(errors.names, everything[:first])
