@@ -145,11 +145,11 @@ class Saver:
             self._tell(name, word)
             return word
         try:
-            self._post(f"{name}/{self._rank}", mine)
-            word = self._awaited(f"{name}/word", 2 * PART_SECONDS)  # rank 0 may have waited as long for another
+            self._post(name, mine)
+            word = self._awaited(name, 0, 2 * PART_SECONDS)  # rank 0 may have waited as long for another
             self._heard(name, 1)
         except OSError as error:
-            word = {"failed": f"rank 0 does not answer ({error})"}
+            word = {"failed": f"rank {self._rank}: {error}"}
         return mine if "diverged" in mine else word
 
     def _part(self, name: str, steps: int) -> Word:
@@ -169,7 +169,7 @@ class Saver:
         """Rank 0: writes what is left when all parts are there; or removes them."""
         curve = to_json(points)
         try:
-            words = [mine, *(self._awaited(f"{name}/{rank}", PART_SECONDS) for rank in range(1, self._world))]
+            words = [mine, *(self._awaited(name, rank, PART_SECONDS) for rank in range(1, self._world))]
             word = next((w for w in words if "diverged" in w), None) or next((w for w in words if "failed" in w), None)
             if word is None:
                 self._folder.write(f"{name}/{CURVE}", curve)
@@ -191,7 +191,7 @@ class Saver:
         if self._world == 1:
             return
         with contextlib.suppress(OSError):  # who has not heard it in time is gone
-            self._post(f"{name}/word", word)
+            self._post(name, word)
             deadline = time.monotonic() + HEARD_SECONDS
             while self._heard(name, 0) < self._world - 1 and time.monotonic() < deadline:
                 time.sleep(LOOK_SECONDS)
@@ -200,21 +200,23 @@ class Saver:
         with _as_storage():
             return int(self._shared.add(f"{name}/heard", more))
 
-    def _post(self, key: str, word: Word) -> None:
+    def _post(self, name: str, word: Word) -> None:
         with _as_storage():
-            self._shared.set(key, json.dumps(word))
+            self._shared.set(f"{name}/{self._rank}", json.dumps(word))
 
-    def _awaited(self, key: str, seconds: float) -> Word:
-        """What somebody posts. It never blocks on the board: the training thread shares its connection.
+    def _awaited(self, name: str, rank: int, seconds: float) -> Word:
+        """What a rank says of a save: rank 0 how it ended, another how its part went.
+
+        It never blocks on the board: the training thread shares its connection.
 
         Raises:
             OSError: nothing in time, or the board is gone.
         """
-        deadline = time.monotonic() + seconds
+        key, deadline = f"{name}/{rank}", time.monotonic() + seconds
         with _as_storage():
             while not self._shared.check([key]):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"no word of {key} in {seconds:.0f} s")
+                    raise TimeoutError(f"nothing from rank {rank} in {seconds:.0f} s")
                 time.sleep(LOOK_SECONDS)
             word: Word = json.loads(self._shared.get(key))
         return word
