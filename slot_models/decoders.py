@@ -7,6 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slot_models.broadcast import Broadcast, convolution_taps
 from slot_models.checks import check_choice, check_positive, check_shape, check_slots
 from slot_models.encoders import glorot
 from slot_models.mixture import MIXTURE_EPS, masked_mixture
@@ -101,9 +102,8 @@ class SpatialBroadcastDecoder(MixtureDecoder):
     With ``patch = 1`` the grid is the image, as published for Tetrominoes and Multi-dSprites; with a larger patch the
     last layer writes patch x patch pixels for each grid cell. CLEVR's is UpsamplingBroadcastDecoder.
 
-    The first layer sees a constant plus a position code, and convolution is linear: the position's part is shared by
-    all slots, and the slot's part is constant but at the borders, so a canvas of kernel x kernel cells has every value
-    that it takes. Exact, and it removes most of that layer's arithmetic.
+    The first layer does without the grid (see slot_models/broadcast.py): exact, and it removes most of that layer's
+    arithmetic.
 
     Args:
         slot_dim: D.
@@ -148,40 +148,30 @@ class SpatialBroadcastDecoder(MixtureDecoder):
         self.first_bias = nn.Parameter(torch.zeros(channels))
         hidden: list[nn.Module] = []
         for _ in range(layers - 1):
-            hidden += [nn.Conv2d(channels, channels, kernel, padding=kernel // 2), nn.ReLU()]
+            hidden += [nn.Conv2d(channels, channels, kernel, padding=kernel // 2), nn.ReLU(inplace=True)]
         self.hidden = nn.Sequential(*hidden)
         outputs = 4 * patch**2 if mask == "pixel" else 3 * patch**2 + 1
         self.output = nn.Conv2d(channels, outputs, output_kernel, padding=output_kernel // 2)
         glorot(self)
         nn.init.xavier_uniform_(self.first_weight)
 
+        self.broadcast = Broadcast(convolution_taps(height, kernel), convolution_taps(width, kernel))
         self.coordinates: Tensor
         self.register_buffer("coordinates", coordinates(height, width), persistent=False)
 
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> pictures [B, K, 3, H, W], mask logits [B, K, H, W]."""
-        hidden = self._first_layer(slots.flatten(0, 1)).relu()  # [BK, C, G, G]
+        position = rearrange(self.position(self.coordinates), "h w d -> 1 d h w")
+        shared = functional.conv2d(position, self.first_weight, self.first_bias, padding=self.padding)  # [1, C, G, G]
+        kernel = rearrange(self.first_weight, "c d i j -> d c i j")
+        hidden = self.broadcast(slots.flatten(0, 1), kernel, shared)  # [BK, C, G, G]
         cells = self.output(self.hidden(hidden)).unflatten(0, (-1, slots.shape[1]))  # [B, K, outputs, G, G]
         colours = 3 * self.patch**2
+        if self.patch == 1:
+            return cells[:, :, :colours], cells[:, :, colours]
         pictures = functional.pixel_shuffle(cells[:, :, :colours], self.patch)  # [B, K, 3, H, W]
         if self.mask == "cell":
             logits = repeat(cells[:, :, colours], "b k h w -> b k (h p) (w q)", p=self.patch, q=self.patch)
         else:
             logits = functional.pixel_shuffle(cells[:, :, colours:], self.patch).squeeze(2)
         return pictures, logits  # [B, K, 3, H, W], [B, K, H, W]
-
-    def _first_layer(self, slots: Tensor) -> Tensor:
-        position = rearrange(self.position(self.coordinates), "h w d -> 1 d h w")
-        shared = functional.conv2d(position, self.first_weight, self.first_bias, padding=self.padding)  # [1, C, G, G]
-        kernel = self.first_weight.shape[-1]
-        canvas = repeat(slots, "n d -> n d h w", h=kernel, w=kernel).contiguous(memory_format=torch.channels_last)
-        small = functional.conv2d(canvas, self.first_weight, padding=self.padding)  # [BK, C, kernel, kernel]
-        return self._stretch(self._stretch(small, dim=2), dim=3) + shared
-
-    def _stretch(self, small: Tensor, dim: int) -> Tensor:
-        """Repeats the middle of a canvas until it is as long as the grid; its borders stay."""
-        border = self.padding
-        sizes = [-1] * small.dim()
-        sizes[dim] = self.grid[dim - 2] - 2 * border
-        middle = small.narrow(dim, border, 1).expand(sizes)
-        return torch.cat([small.narrow(dim, 0, border), middle, small.narrow(dim, border + 1, border)], dim=dim)

@@ -59,15 +59,16 @@ class ConvEncoder(nn.Module):
                     raise ValueError(f"strides: {stride} does not divide the size {size} that it meets")
             height, width = height // stride, width // stride
             if padding == "same":
-                layers += [SameConv2d(inputs, channels, kernel, stride), nn.ReLU()]
+                layers.append(SameConv2d(inputs, channels, kernel, stride))
             else:
-                layers += [nn.Conv2d(inputs, channels, kernel, stride, padding=(kernel - 1) // 2), nn.ReLU()]
+                layers.append(nn.Conv2d(inputs, channels, kernel, stride, padding=kernel // 2))
+            layers.append(nn.ReLU(inplace=True))
             inputs = channels
         self.grid, self.dim = (height, width), channels
         self.convolutions = nn.Sequential(*layers)
         self.position = nn.Linear(4, channels)
         self.norm = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels))
         self.coordinates: Tensor
         self.register_buffer("coordinates", coordinates(height, width), persistent=False)
         glorot(self)
