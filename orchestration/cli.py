@@ -1,13 +1,13 @@
 """slotforge: train, look at and use object-centric models."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestration.clusters.cli import cluster
 from orchestration.command_line import Overrides, RecipeName, console, fail
-from orchestration.recipe import RecipeError, load_recipe, state_home
+from orchestration.recipe import RecipeError, load_recipe
+from orchestration.serving.cli import predict, serve
 from orchestration.shards.cli import shards
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 app.add_typer(shards, name="shards")
 app.add_typer(cluster, name="cluster")
+app.command(epilog="For example: slotforge predict photo.jpg --model models:/slotforge-demo@champion")(predict)
+app.command(epilog="For example: slotforge serve --model models:/slotforge-demo@champion --port 8000")(serve)
 
 
 @app.command()
@@ -56,7 +58,6 @@ def plan(
     step_workers: Annotated[int | None, typer.Option(help="workers of that step; parallel.workers.min")] = None,
     measure: Annotated[bool, typer.Option(help="time a few steps on this machine's CPU, if none is given")] = True,
     price_per_hour: Annotated[float | None, typer.Option(help="of one worker's machine")] = None,
-    mtbf_hours: Annotated[float, typer.Option(help="mean time between failures of one node")] = 4.0,
     disk_mb_per_second: Annotated[float, typer.Option(help="that one worker writes of a checkpoint")] = 200.0,
     as_json: Annotated[bool, typer.Option("--json", help="plain values, in bytes and seconds")] = False,
 ) -> None:
@@ -65,7 +66,7 @@ def plan(
 
     from orchestration.planning import report as plan_report
 
-    given = plan_report.Assumptions(step_seconds, step_workers, measure, mtbf_hours, disk_mb_per_second, price_per_hour)
+    given = plan_report.Assumptions(step_seconds, step_workers, measure, disk_mb_per_second, price_per_hour)
     try:
         found = plan_report.plan_run(load_recipe(recipe, overrides), given)
     except RecipeError as error:
@@ -74,29 +75,6 @@ def plan(
         print(json.dumps(plan_report.as_json(found), indent=1))
         return
     plan_report.show(found, given, console)
-
-
-@app.command()
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files, of any size")],
-    model: Annotated[str, typer.Option(help="models:/name@champion, or models:/name/version")],
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; the default store if not given")] = None,
-    out: Annotated[Path, typer.Option(help="folder for overlays and JSON")] = Path("predictions"),
-) -> None:
-    """Find the objects in images with a registered model."""
-    from mlflow.exceptions import MlflowException
-
-    from orchestration.predict import ImageError
-    from orchestration.predict import predict as predict_images
-
-    uri = tracking_uri or f"sqlite:///{state_home() / 'mlflow.db'}"
-    try:
-        for found in predict_images(images, model, uri, out):
-            console.print(
-                f"{found.image}: {found.objects} objects; {found.overlay}, {found.facts}", highlight=False, markup=False
-            )
-    except (ImageError, ValueError, MlflowException) as error:
-        fail(str(error), 1)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class Curves:
         """
         if self._reports:
             means = self._engine.sum(torch.stack([report.means for report, _, _ in self._reports]))  # [steps, M]
+            self._check([row[0] for row in means.tolist()])
             for (report, when, norm), values in zip(self._reports, means.tolist(), strict=True):
-                self._check(report, values[0])
                 if report.done % self._every == 0:
                     values_by_name = dict(zip(self._names, values, strict=True)) | self._host_values(report, norm)
                     self._points += [
@@ -70,10 +70,15 @@ class Curves:
             "throughput/images_per_second": report.batch_size / report.seconds,
         }
 
-    @staticmethod
-    def _check(report: StepReport, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _check(self, losses: list[float]) -> None:
+        """Of the steps that are reported."""
+        steps = [report.done for report, _, _ in self._reports]
+        bad = next(((step, loss) for step, loss in zip(steps, losses, strict=True) if not math.isfinite(loss)), None)
+        if bad is not None:
             raise DivergedError(
-                f"loss/total: {loss} at step {report.done}; lower train.learning_rate or set train.clip_norm, "
-                "under another name or with --fresh"
+                f"loss/total: {bad[1]} at step {bad[0]}; lower train.learning_rate or set train.clip_norm, "
+                "under another name or with --fresh",
+                step=bad[0],
+                losses=dict(zip(steps, losses, strict=True)),
+                norms={report.done: norm for report, _, norm in self._reports if report.done % self._every == 0},
             )

@@ -5,6 +5,7 @@ taken from one engine fits any other.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
@@ -118,7 +119,13 @@ class DeepSpeedEngine:
         precision: Precision = "fp32",
         device: str = "cpu",
     ) -> None:
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
+        deepspeed.init_distributed(
+            dist_backend=torch.distributed.get_backend(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            dist_init_required=False,
+        )
         self.device = torch.device(device)
         self.precision, self.zero_stage, self.micro_batches = precision, zero_stage, micro_batches
         module = module.to(self.device).train()
@@ -240,17 +247,18 @@ def _evaluate(engine: Engine, module: nn.Module, inputs: tuple[Any, ...]) -> Any
         module.train()
 
 
-def _import_deepspeed(device: str) -> Any:
+def import_deepspeed(device: str) -> Any:
+    """DeepSpeed, ready for a device; takes seconds, the first time."""
     if not device.startswith("cuda"):
         os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
-    import deepspeed
+    mlflow = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    import deepspeed  # its autotuner would import MLflow, a second that a rank has no use for
     from deepspeed import ops
 
+    if mlflow is None:
+        del sys.modules["mlflow"]
     if not device.startswith("cuda"):
         ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles C++ for minutes at first use
-    deepspeed.init_distributed(
-        dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=False
-    )
     return deepspeed
 
 

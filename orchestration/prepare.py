@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
+from orchestration.assembly import Data, sources_of, training_stream
 from orchestration.data_section import ScenesSection, SetSection
-from orchestration.rank import Data, sources_of, training_stream
 from orchestration.recipe import Recipe, RecipeError, state_home
 from orchestration.run_folder import Lease, LeaseHeldError, RunFolder
 from orchestration.shards.work import over_ray, rendered, scene_set, shard_sizes

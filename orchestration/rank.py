@@ -1,142 +1,72 @@
-"""One rank of a run: puts the training loop's parts together, under Ray Train or on its own."""
+"""One rank of a run under Ray Train: puts the training loop's parts together, and goes on from the newest checkpoint.
+
+A restart, at any world size, comes here too: the run folder knows the rest.
+"""
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
+from orchestration.agreement import Agreement, Pause, open_board
+from orchestration.assembly import Data, build_model, evaluation_batches, training_order, training_stream
 from orchestration.checkpoints import DamagedCheckpointError, Saver, new_token, newest_valid, restore
 from orchestration.curves import Curves
-from orchestration.engine import DeepSpeedEngine, PlainEngine
+from orchestration.diagnosis import diagnose
+from orchestration.engine import DeepSpeedEngine
 from orchestration.evaluate import evaluate
-from orchestration.files import write_bytes, write_json
+from orchestration.interval import SaveInterval
+from orchestration.mailbox import Failure, Leaving, Request, Stopped
 from orchestration.recipe import Recipe, parse_recipe
+from orchestration.recovery import recovery_line, recovery_parts
 from orchestration.run_folder import LeaseLostError, RunFolder, check_lease
 from orchestration.schedule import Schedule
-from orchestration.stopping import Stopped, StopRequest
 from orchestration.worker import DivergedError, Hook, StepReport, train
-from pipelines import Cache, DataError, Index, Plan, Purpose, Sources, micro_batches, read_index
-from pipelines.mixture import Order
-from pipelines.noise import generator
-from pipelines.sets import Place, Sets, mixture, place_of
-from pipelines.stream import Stream
-from pipelines.transforms import Augmentation
-from slot_models import SlotAutoencoder, build_autoencoder
+from pipelines import DataError, micro_batches
+from pipelines.sets import place_of
 
 logger = logging.getLogger(__name__)
 
-LIVE_SECONDS = 0.5
+LOOK_SECONDS = 0.5  # between words with the driver
 
 
 class StateFolderError(Exception):
     """This node does not see the run's folder."""
 
 
-FINAL_ERRORS = (DivergedError, DataError, DamagedCheckpointError, LeaseLostError, StateFolderError)
+class TooLargeError(Exception):
+    """Not even a single sample fits into memory."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """Where a run's shards are."""
-
-    train: Place
-    eval: Place
-
-
-def build_model(recipe: Recipe) -> SlotAutoencoder:
-    """The recipe's model, initialised from its seed."""
-    words = generator(recipe.seed, Purpose.WEIGHTS).integers(2**63)
-    with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator alone
-        torch.manual_seed(int(words))
-        return build_autoencoder(**recipe.model.model_dump())
-
-
-def sources_of(recipe: Recipe) -> Sources:
-    """What reads a recipe's shards."""
-    return Sources(tries=recipe.data.tries, timeout=recipe.data.timeout, allow_pipe=recipe.data.allow_pipe)
-
-
-def training_stream(
-    recipe: Recipe, place: Place, noise: Mapping[str, tuple[int, ...]], rank: int = 0, world: int = 1, **options: Any
-) -> Stream:
-    """A rank's part of the training set, with the noise that the model wants of it."""
-    sources = sources_of(recipe)
-    if isinstance(place, Sets) and len(place) > 1:
-        order: Order = mixture(place, sources, batch_size=recipe.train.batch_size, seed=recipe.seed, **_shape(recipe))
-    else:
-        order = _plan(recipe, read_index(place, sources), recipe.train.batch_size)
-    return Stream(
-        order,
-        str(place),
-        rank=rank,
-        world=world,
-        micro_batch=recipe.train.micro_batch,
-        seed=recipe.seed,
-        noise=noise,
-        augment=_augmentation(recipe),
-        bad_limit=recipe.data.bad_samples,
-        sources=sources,
-        cache=_cache(recipe),
-        decode_workers=recipe.data.decode_workers,
-        **options,
-    )
-
-
-def evaluation_batches(recipe: Recipe, place: Place, rank: int = 0, world: int = 1) -> tuple[Stream, int]:
-    """A rank's part of the held-out set, and the number of steps that cover it once."""
-    sources = sources_of(recipe)
-    index = read_index(place, sources)
-    plan = _plan(recipe, index, min(recipe.evaluate.batch_size, index.num_samples))
-    stream = Stream(
-        plan,
-        str(place),
-        rank=rank,
-        world=world,
-        micro_batch=recipe.train.micro_batch,
-        seed=recipe.seed,
-        noise={},
-        with_masks=bool(index.about.get("masks")),
-        bad_limit=recipe.data.bad_samples,
-        sources=sources,
-        cache=_cache(recipe),
-        decode_workers=recipe.data.decode_workers,
-    )
-    return stream, plan.steps_per_epoch
-
-
-def train_bare(recipe: Recipe, data: Data, hooks: tuple[Hook, ...] = (), device: str = "cpu") -> SlotAutoencoder:
-    """The same loop without Ray, DeepSpeed, MLflow and checkpoints: the baseline of what the service costs."""
-    model = build_model(recipe)
-    engine = PlainEngine(
-        model,
-        clip_norm=recipe.train.clip_norm,
-        precision=recipe.parallel.precision,
-        device=device,
-    )
-    with training_stream(recipe, data.train, model.noise_shapes()) as stream:
-        background = recipe.evaluate.background_slots
-        train(engine, stream, Schedule(recipe.train), background_slots=background, hooks=hooks)
-    return model
+FINAL_ERRORS = (*(DivergedError, DataError, DamagedCheckpointError, LeaseLostError, StateFolderError, TooLargeError),)
+"""What a restart would only repeat."""
 
 
 def train_rank(config: Mapping[str, Any]) -> None:
-    """What every Ray Train worker runs. A restart, at any world size, comes here too: the run folder knows the rest.
+    """What every Ray Train worker runs.
 
-    An error that a restart would only repeat is noted in the run folder, where the driver sees it and stops.
+    Raises:
+        Leaving: the state is saved and the workers start anew, as was asked; or with smaller micro batches.
+        FINAL_ERRORS: the driver is told, and stops.
     """
+    mailbox = config["mailbox"]
     try:
-        _train_rank(config)
+        try:
+            _train_rank(config)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _smaller(mailbox, error) from error
     except Stopped:
         logger.info("stopped, saved")
     except FINAL_ERRORS as error:
-        failure = {"error": type(error).__name__, "message": str(error)}
-        write_json(RunFolder(Path(config["folder"])).failure(config["lease"]), failure)
+        facts = error.facts if isinstance(error, DivergedError) else {}
+        ray.get(mailbox.fail.remote(Failure(type(error).__name__, str(error), facts)))
         raise
 
 
@@ -144,12 +74,13 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    recipe = parse_recipe(json.loads(config["recipe"]))
+    rank, world = context.get_world_rank(), context.get_world_size()
+    mailbox = config["mailbox"]
+    _log_to(mailbox, rank)
+    recipe = _with_micro_batch(parse_recipe(json.loads(config["recipe"])), ray.get(mailbox.micro_batch.remote()))
     folder = RunFolder(Path(config["folder"]))
     data = Data(place_of(config["train"]), place_of(config["eval"]))
-    rank, world = context.get_world_rank(), context.get_world_size()
     device = f"cuda:{torch.cuda.current_device()}" if config["gpu"] else "cpu"
-    _log_to(folder.logs / f"rank-{rank}.log")
     if device == "cpu":
         torch.set_num_threads(config["threads"])
 
@@ -163,9 +94,10 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     noise = model.noise_shapes()
     moments = restore(checkpoint, model) if checkpoint else None
     start = checkpoint.steps if checkpoint else 0
+    count, micro_batch = micro_batches(recipe.train.batch_size, world, recipe.train.micro_batch)
     engine = DeepSpeedEngine(
         model,
-        micro_batches=micro_batches(recipe.train.batch_size, world, recipe.train.micro_batch)[0],
+        micro_batches=count,
         zero_stage=recipe.parallel.zero_stage,
         clip_norm=recipe.train.clip_norm,
         precision=recipe.parallel.precision,
@@ -173,15 +105,39 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     )
     if moments is not None:
         engine.load_moments(moments, start)
-
     logger.info("training from step %d on %d workers, %s, ZeRO stage %d", start, world, device, engine.zero_stage)
+
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    board = open_board(rank, world, address, lambda decide: _agree(decide, rank))
+    driver = DriverLine(mailbox, world) if rank == 0 else None
+    if driver is not None:
+        mailbox.attempt.remote(micro_batch)
+        mailbox.mark.remote("loaded", time.time())
+    interval = SaveInterval(recipe.train.checkpoint_every, recipe.train.mtbf_hours * 3600 / world)
+
+    def decide(done: int) -> Pause | None:
+        assert driver is not None  # only rank 0 decides
+        return driver.request() or ("save" if interval.due(done) else None)
+
+    agreement = Agreement(board, rank, start, decide)
     curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots)
     saver = Saver(folder.checkpoints, token, rank, world, allowed=lambda: check_lease(folder, config["lease"]))
-    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    stop = StopRequest(folder.stop_request(config["lease"]), rank, world, address, lambda decide: _agree(decide, rank))
     held_out, evaluation_steps = evaluation_batches(recipe, data.eval, rank, world)
+    measured: dict[str, float] = {}
+    done = start
+
+    def back(report: StepReport) -> None:
+        """After the first step: how long a restart took, if it was one."""
+        nonlocal done
+        done = report.done
+        if driver is not None and report.step == start:
+            parts = driver.recovery()
+            if "total" in parts:
+                logger.info("%s", recovery_line(parts))
+                curves.add({f"recovery/{part}": seconds for part, seconds in parts.items()}, report.done)
 
     def evaluate_held_out(report: StepReport) -> None:
+        measured.clear()
         if report.done % recipe.evaluate.every and report.done != recipe.train.steps:
             return
         evaluation = evaluate(
@@ -193,50 +149,75 @@ def _train_rank(config: Mapping[str, Any]) -> None:
             total=engine.sum,
         )
         held_out.close()
-        curves.add({f"eval/{name}": value for name, value in evaluation.metrics().items()}, report.done)
+        measured.update(evaluation.metrics())
+        curves.add({f"eval/{name}": value for name, value in measured.items()}, report.done)
 
     def save(report: StepReport) -> None:
-        asked = stop.due(report.done)
-        if report.done % recipe.train.checkpoint_every and report.done != recipe.train.steps and not asked:
+        pause = agreement.after(report.done)
+        if pause is None and report.done != recipe.train.steps:
             return
+        began = time.perf_counter()
         points = curves.take()  # raises if the loss has diverged: such a state is never saved
-        saver.save(report.done, engine, points, {"steps": report.done, "recipe": recipe.digest(), "world": world})
-        ray.train.report({"step": report.done})
-        if asked:
+        facts = {"steps": report.done, "recipe": recipe.digest(), "world": world, "eval": dict(measured)}
+        saver.save(report.done, engine, points, facts)
+        interval.saved(time.perf_counter() - began)
+        if pause in ("stop", "leave"):
             saver.wait()
+            if world > 1:
+                torch.distributed.barrier()  # or a rank that is done would end the others before they have saved
+            if pause == "leave":
+                raise Leaving(f"saved at step {report.done}")
             if rank == 0:
-                folder.stop_request(config["lease"]).unlink(missing_ok=True)
+                ray.get(mailbox.stopped.remote())
             raise Stopped
 
-    hooks: list[Hook] = [curves.record, evaluate_held_out, save]
-    if rank == 0:
-        hooks.append(live_values(folder.live, recipe, world))
-    with training_stream(recipe, data.train, noise, rank, world, device=device) as stream:
+    hooks: list[Hook] = [back, curves.record, evaluate_held_out, save]
+    if driver is not None:
+        hooks.insert(1, driver.show)
+    ledger = Path(recipe.data.ledger) / f"{start:09d}-{token}-rank-{rank}.txt" if recipe.data.ledger else None
+    with training_stream(recipe, data.train, noise, rank, world, device=device, ledger=ledger) as stream:
         background = recipe.evaluate.background_slots
-        train(engine, stream, Schedule(recipe.train), start=start, background_slots=background, hooks=hooks)
-    saver.wait()
+        try:
+            train(engine, stream, Schedule(recipe.train), start=start, background_slots=background, hooks=hooks)
+            saver.wait()
+        except DivergedError as error:
+            error.step = error.step or done
+            error.facts = diagnose(error, model, training_order(recipe, data.train), data.train)
+            raise
 
 
-def live_values(path: Path, recipe: Recipe, world: int) -> Hook:
-    """A hook that shows the newest step's values to the driver, twice a second at most: rank 0's mean for the batch's,
-    since the terminal is not worth a collective."""
-    last = 0.0
+class DriverLine:
+    """Rank 0's line to the driver: shows values, hears what is asked, twice a second at most, and never waits."""
 
-    def show(report: StepReport) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < LIVE_SECONDS and report.done != recipe.train.steps:
+    def __init__(self, mailbox: Any, world: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._mailbox, self._world, self._now = mailbox, world, now
+        self._last = 0.0
+        self._answer: Any = None
+        self._request: Request | None = None
+
+    def show(self, report: StepReport) -> None:
+        """A hook of the training loop. Rank 0's mean stands for the batch's: the terminal is not worth a collective."""
+        if self._answer is not None or self._now() - self._last < LOOK_SECONDS:
             return
-        last = now
+        self._last = self._now()
         values = {
+            "when": time.time(),
             "step": report.done,
-            "loss": float(report.means[0]) * world,
-            "kept": float(report.means[3]) * world,
+            "loss": float(report.means[0]) * self._world,
+            "kept": float(report.means[3]) * self._world,
             "images_per_second": report.batch_size / report.seconds,
         }
-        write_bytes(path, json.dumps(values).encode())
+        self._answer = self._mailbox.show.remote(values)
 
-    return show
+    def request(self) -> Request | None:
+        """What the driver or the controller wants, as far as it has been heard."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._request, self._answer = ray.get(self._answer), None
+        return self._request
+
+    def recovery(self) -> dict[str, float]:
+        """Seconds of the parts of the restart that has just ended; see orchestration.recovery."""
+        return recovery_parts({**ray.get(self._mailbox.marks.remote()), "first step": time.time()})
 
 
 def _agree(decide: Callable[[], Any], rank: int) -> Any:
@@ -246,30 +227,38 @@ def _agree(decide: Callable[[], Any], rank: int) -> Any:
     return decision[0]
 
 
-def _plan(recipe: Recipe, index: Index, batch_size: int) -> Plan:
-    return Plan(index, batch_size=batch_size, seed=recipe.seed, **_shape(recipe))
+def _with_micro_batch(recipe: Recipe, limit: int | None) -> Recipe:
+    """The recipe with micro batches that fit into memory, where larger ones did not."""
+    if limit is None or limit >= recipe.train.micro_batch:
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": limit})})
 
 
-def _shape(recipe: Recipe) -> dict[str, int]:
-    return {"lanes": recipe.data.lanes, "window": recipe.data.window}
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a type for it; on a CPU torch tells it in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _augmentation(recipe: Recipe) -> Augmentation | None:
-    wish = recipe.data.augment
-    return Augmentation(0.5 if wish.flip else 0.0, wish.crop or (1.0, 1.0)) if wish else None
+def _smaller(mailbox: Any, error: BaseException) -> Exception:
+    """What follows from a micro batch that did not fit."""
+    limit = ray.get(mailbox.out_of_memory.remote())
+    if limit is None:
+        return TooLargeError(f"out of memory with a single image at a time ({error}); use a smaller model or image")
+    return Leaving(f"out of memory: micro batches of {limit} from now on, the batch stays as it is")
 
 
-def _cache(recipe: Recipe) -> Cache | None:
-    """This node's cache: in the user's own folder, since it may hold what only this user can read."""
-    limit = int(recipe.data.cache.gigabytes * 10**9)
-    folder = recipe.data.cache.folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "slotforge"
-    return Cache(Path(folder).expanduser(), limit) if limit else None
+class _ToMailbox(logging.Handler):
+    def __init__(self, mailbox: Any, rank: int) -> None:
+        super().__init__()
+        self._mailbox, self._rank = mailbox, rank
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._mailbox.say.remote(self._rank, self.format(record))
 
 
-def _log_to(path: Path) -> None:
-    """The driver shows what stands in this file; Ray's own log streaming would break its progress bars."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+def _log_to(mailbox: Any, rank: int) -> None:
+    """The driver shows what is said here; Ray's own log streaming would break its progress bars."""
+    handler = _ToMailbox(mailbox, rank)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     for name in ("orchestration", "pipelines"):
         package = logging.getLogger(name)

@@ -23,8 +23,8 @@ MUTABLE: dict[str, Any] = {
     "parallel": True,
     "tracking": True,
     "registry": True,
-    "data": {"train", "eval", "bad_samples", "cache", "decode_workers", "allow_pipe", "tries", "timeout"},
-    "train": {"micro_batch", "checkpoint_every", "checkpoints_kept"},
+    "data": {"train", "eval", "bad_samples", "cache", "decode_workers", "allow_pipe", "tries", "timeout", "ledger"},
+    "train": {"micro_batch", "checkpoint_every", "mtbf_hours", "checkpoints_kept"},
     "evaluate": {"batch_size"},
 }
 
@@ -55,7 +55,10 @@ class TrainSection(Section):
     temperature_end: float | None = Field(
         None, gt=0, description="the temperature at the end, geometrically from gate_from; null: no change"
     )
-    checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
+    checkpoint_every: PositiveInt | None = Field(
+        None, description="steps between checkpoints; null: the time that loses least, from what saving costs"
+    )
+    mtbf_hours: float = Field(4.0, gt=0, description="mean time between failures of one node, for that time")
     checkpoints_kept: int = Field(3, ge=2, description="newest checkpoints to keep; one more than the newest at least")
 
 
@@ -77,7 +80,7 @@ class ParallelSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO: what is sharded over the workers")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights and gradients stay fp32")
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    max_failures: int = Field(10, ge=0, description="worker failures that one submission survives")
+    max_failures: int = Field(10, ge=0, description="worker failures without a new step between them")
 
 
 class TrackingSection(Section):
@@ -196,7 +199,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such recipe, or a wrong one.
     """
-    path = _find(name)
+    path = find_recipe(name)
     try:
         fields = yaml.load(path.read_text(), Loader=_Loader) or {}  # noqa: S506 a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -224,6 +227,22 @@ def parse_recipe(fields: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"recipe: a value is not plain YAML ({error}); use numbers, strings and lists") from error
 
 
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or a name in a recipes folder (the current one's, then the project's).
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if Path(name).suffix in {".yaml", ".yml"}:
+        if not Path(name).is_file():
+            raise RecipeError(f"recipe: there is no file {name}; give a path that exists or one of {recipe_names()}")
+        return Path(name)
+    for folder in _folders():
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise RecipeError(f"recipe: there is no recipe {name!r}; take one of {recipe_names()} or a path to a YAML file")
+
+
 def recipe_names() -> list[str]:
     """The names that load_recipe finds without a path."""
     return sorted({path.stem for folder in _folders() if folder.is_dir() for path in folder.glob("*.yaml")})
@@ -246,17 +265,6 @@ _Loader.add_implicit_resolver(
 def _folders() -> list[Path]:
     package = Path(__file__).parent
     return [Path("recipes"), package.parent / "recipes", package / "recipes"]
-
-
-def _find(name: str) -> Path:
-    if Path(name).suffix in {".yaml", ".yml"}:
-        if not Path(name).is_file():
-            raise RecipeError(f"recipe: there is no file {name}; give a path that exists or one of {recipe_names()}")
-        return Path(name)
-    for folder in _folders():
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    raise RecipeError(f"recipe: there is no recipe {name!r}; take one of {recipe_names()} or a path to a YAML file")
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

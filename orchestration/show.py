@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from orchestration.assembly import Data, build_model, evaluation_batches
 from orchestration.checkpoints import newest_valid, restore
 from orchestration.evaluate import Evaluation, evaluate
 from orchestration.pictures import confusion_figure, curves_figure, scene_figure
-from orchestration.rank import Data, build_model, evaluation_batches
 from orchestration.recipe import Recipe
 from orchestration.registry import Registered, load, register
 from orchestration.run_folder import RunFolder

@@ -8,31 +8,18 @@ on from the last checkpoint.
 """
 
 import argparse
-import json
-import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
+from orchestration.mailbox import TrainingError
 from orchestration.recipe import Recipe, RecipeError, load_recipe, recipe_names
 from orchestration.run_folder import Lease, LeaseHeldError, LeaseLostError, RunFolder
 from orchestration.terminal import complain, new_progress
 
-POLL_SECONDS = 0.5
-STOP_SECONDS = 60.0  # that the workers have to save before they are stopped
-UNSCHEDULED_LIMIT = 30  # minutes that a cluster may take to find room for the workers
 INTERRUPTED = 130
-
-
-class TrainingError(Exception):
-    """Training has stopped for good; the message says why."""
 
 
 def run(recipe: Recipe, *, fresh: bool = False, console: Console | None = None) -> None:
@@ -66,170 +53,21 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> Non
     if newest is None or newest.steps < recipe.train.steps or not is_prepared(recipe):
         console.print(f"run [bold]{recipe.name}[/]: starting Ray")
         with ray_cluster(recipe.parallel.workers.max), new_progress(console) as progress:
+            from orchestration.fit import fit  # after Ray has its token
+
             prepare(recipe, progress)
             digests = check_data(recipe)
             _pin_data(folder, digests)
             tracker = Tracker(recipe, folder)
             if newest is not None:
                 console.print(f"run [bold]{recipe.name}[/]: going on from step {newest.steps}")
-            _fit(recipe, folder, lease, tracker, progress)
+            fit(recipe, data_folders(recipe), folder, lease, tracker, progress)
     else:
         console.print(f"run [bold]{recipe.name}[/]: finished at step {newest.steps}; evaluating")
         _pin_data(folder, check_data(recipe))
         tracker = Tracker(recipe, folder)
     tracker.send_committed()
     report(recipe, folder, tracker, data_folders(recipe), console)
-
-
-def _fit(recipe: Recipe, folder: RunFolder, lease: int, tracker: Any, progress: Progress) -> None:
-    """Trains by Ray Train, while this process shows progress and sends committed points to MLflow."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from orchestration.clusters.connection import cpus_per_worker, use_gpu
-    from orchestration.prepare import data_folders
-    from orchestration.rank import train_rank
-
-    data, gpu, threads = data_folders(recipe), use_gpu(recipe), cpus_per_worker(recipe)
-    workers = recipe.parallel.workers
-    failure = folder.failure(lease)
-    folder.live.unlink(missing_ok=True)
-    trainer = TorchTrainer(
-        train_rank,
-        train_loop_config={
-            "recipe": json.dumps(recipe.model_dump(mode="json")),
-            "folder": str(folder.path),
-            "train": str(data.train),
-            "eval": str(data.eval),
-            "lease": lease,
-            "gpu": gpu,
-            "threads": threads,
-        },
-        # A lost peer hangs a collective for this long: minutes, not the default half hour.
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=120),
-        scaling_config=ScalingConfig(
-            num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),  # type: ignore[arg-type]
-            use_gpu=gpu,
-            resources_per_worker={"GPU": 1} if gpu else {"CPU": threads},
-        ),
-        run_config=RunConfig(
-            name=f"{recipe.name}-{lease}",  # a name of its own: our checkpoints are the truth, not Ray's
-            storage_path=str(folder.path / "ray"),
-            failure_config=FailureConfig(
-                max_failures=recipe.parallel.max_failures,
-                controller_failure_limit=UNSCHEDULED_LIMIT,  # type: ignore[call-arg]
-            ),
-        ),
-    )
-    outcome: list[BaseException] = []
-    finished = threading.Event()  # not Thread.is_alive: a join that Ctrl-C interrupts takes the thread for dead
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # raised again below, in the main thread
-            outcome.append(error)
-        finally:
-            finished.set()
-
-    # Not in the main thread, where Ray would take Ctrl-C for itself.
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    bar = progress.add_task("starting workers", total=recipe.train.steps)
-    logs = LogTail(folder.logs)
-    tracker.status("RUNNING")
-    outage = False
-
-    def watch(over: Callable[[], bool] = lambda: False) -> None:
-        """Shows what the ranks do until they are done, or it is over."""
-        nonlocal outage
-        while not finished.is_set() and not failure.exists() and not over():
-            finished.wait(POLL_SECONDS)
-            _show_live(folder.live, progress, bar)
-            for line in logs.news():
-                progress.console.print(
-                    line, style="dim" if " INFO " in line else "yellow", highlight=False, markup=False
-                )
-            outage = _send(tracker, progress, outage)
-
-    try:
-        thread.start()
-        try:
-            watch()
-        except KeyboardInterrupt:
-            progress.console.print("stopping: the workers save first; once more stops them at once", style="yellow")
-            request, deadline = folder.stop_request(lease), time.monotonic() + STOP_SECONDS
-            request.touch()
-            watch(lambda: not request.exists() or time.monotonic() > deadline)
-            raise
-        if failure.exists():
-            facts = json.loads(failure.read_text())
-            raise TrainingError(f"{facts['error']}: {facts['message']}")
-        if outcome:
-            raise TrainingError(
-                f"parallel.max_failures: the workers failed more than {recipe.parallel.max_failures} times, or found "
-                f"no room for {workers.min} of them; the last time:\n{outcome[0]}"
-            )
-    except (KeyboardInterrupt, TrainingError) as stop:
-        if not _send(tracker, progress, outage):  # an MLflow that is down does not hide why the run stopped
-            tracker.status("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
-        if isinstance(stop, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"the newest checkpoint is of step {_newest_step(folder)}") from None
-        raise
-    progress.remove_task(bar)
-    tracker.send_committed()
-    tracker.status("FINISHED")
-    shutil.rmtree(folder.path / "ray", ignore_errors=True)  # Ray's own notes; the run's folder is the truth
-
-
-def _newest_step(folder: RunFolder) -> int:
-    from orchestration.checkpoints import committed
-
-    return max((checkpoint.steps for checkpoint in committed(folder.checkpoints)), default=0)
-
-
-def _send(tracker: Any, progress: Progress, outage: bool) -> bool:
-    """Sends what is committed; an MLflow that does not answer costs nothing but a warning: the points wait."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        tracker.send_committed()
-    except MlflowException as error:
-        if not outage:
-            progress.console.print(f"MLflow does not take points now, they wait: {error}", style="yellow", markup=False)
-        return True
-    return False
-
-
-class LogTail:
-    """What the ranks write to their logs from now on: all of rank 0, warnings and errors of the others."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._read = {path: path.stat().st_size for path in folder.glob("rank-*.log")}
-
-    def news(self) -> list[str]:
-        lines = []
-        for path in sorted(self._folder.glob("rank-*.log")):
-            with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
-                text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            self._read[path] = self._read.get(path, 0) + len(whole)
-            lines += [
-                f"{path.stem}: {line}"
-                for line in whole.decode(errors="replace").splitlines()
-                if path.stem == "rank-0" or " INFO " not in line
-            ]
-        return lines
-
-
-def _show_live(path: Path, progress: Progress, bar: Any) -> None:
-    try:
-        live = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return
-    text = f"training  loss {live['loss']:.4f}  kept {live['kept']:.1f}  {live['images_per_second']:.0f} images/s"
-    progress.update(bar, completed=live["step"], description=text)
 
 
 def _check_parts(recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ should happen after a step. What it is not given it does without, so the same lo
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,7 +83,24 @@ class StepReport:
 
 
 class DivergedError(Exception):
-    """The loss or the state is not finite any more."""
+    """The loss or the state is not finite any more.
+
+    Fields:
+        step: steps done when it was so first; 0 where who says it does not know.
+        losses, norms: of the steps since the last checkpoint: loss/total, and the gradient's norm where it was taken.
+        facts: a diagnosis, once there is one; see orchestration.diagnosis.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        step: int = 0,
+        losses: Mapping[int, float] | None = None,
+        norms: Mapping[int, float] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.step, self.losses, self.norms = step, losses or {}, norms or {}
+        self.facts: dict[str, Any] = {}
 
 
 Hook = Callable[[StepReport], None]

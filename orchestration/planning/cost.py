@@ -59,7 +59,7 @@ class WorldPlan:
         state: bytes of a rank's state for each ZeRO stage.
         activations: bytes of a rank's micro batch between forward and backward; an estimate.
         step_seconds: of one step.
-        checkpoint_seconds: between two checkpoints of train.checkpoint_every steps.
+        checkpoint_seconds: between two checkpoints: of train.checkpoint_every steps, or the best.
         stall_seconds: that writing a checkpoint takes if nothing hides it.
         best_seconds: between checkpoints, by Young and Daly.
         best_steps: the same in steps, at least one.
@@ -151,7 +151,7 @@ def world_plans(
     steps: int,
     batch_size: int,
     largest: int,
-    checkpoint_every: int,
+    checkpoint_every: int | None,
     activations: tuple[float, float],
     sample_seconds: float | None,
     mtbf_hours: float,
@@ -194,7 +194,7 @@ def _world_plan(
     steps: int,
     cut: tuple[int, int],
     batch_size: int,
-    every: int,
+    every: int | None,
     activations: tuple[float, float],
     sample_seconds: float | None,
     mtbf: float,
@@ -206,7 +206,7 @@ def _world_plan(
     step = checkpoint = hours = None
     if sample_seconds is not None:
         step = sample_seconds * accumulation * micro_batch
-        checkpoint = step * every
+        checkpoint = step * every if every is not None else max(best, step)
         factor = slowdown(stall, checkpoint, mtbf)
         hours = steps * step * factor / 3600 if factor < HOPELESS else None
     return WorldPlan(

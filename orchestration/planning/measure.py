@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from orchestration.assembly import build_model
 from orchestration.data_section import ScenesSection
 from orchestration.engine import PlainEngine
 from orchestration.planning.cost import ModelSize
-from orchestration.rank import build_model
 from orchestration.recipe import Recipe, RecipeError
 from orchestration.schedule import Schedule
 from orchestration.worker import StepReport, reconstruction_error, train

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from orchestration.assembly import sources_of
 from orchestration.planning.cost import STAGES, ModelSize, WorldPlan, world_plans, worlds
 from orchestration.planning.measure import StepTime, activation_bytes, model_size, scene_bytes, step_time
 from orchestration.prepare import data_folders, is_prepared
-from orchestration.rank import sources_of
 from orchestration.recipe import Recipe, RecipeError
 from pipelines import DataError, Sources, micro_batches, read_index
 from pipelines.sets import Sets, mixture
@@ -30,7 +30,6 @@ class Assumptions:
         step_seconds: of one step of the whole batch, measured elsewhere; None: measured here, or unknown.
         step_workers: how many workers that step ran on; None: parallel.workers.min.
         measure: a step on this machine's CPU, if no time is given.
-        mtbf_hours: mean time between failures of one node.
         disk_mb_per_second: that one rank writes.
         price_per_hour: of one worker's machine.
     """
@@ -38,13 +37,12 @@ class Assumptions:
     step_seconds: float | None = None
     step_workers: int | None = None
     measure: bool = True
-    mtbf_hours: float = 4.0
     disk_mb_per_second: float = 200.0
     price_per_hour: float | None = None
 
     def check(self) -> None:
         """Raises: RecipeError, a number is out of range."""
-        for name in ("step_seconds", "step_workers", "mtbf_hours", "disk_mb_per_second"):
+        for name in ("step_seconds", "step_workers", "disk_mb_per_second"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise RecipeError(f"--{name.replace('_', '-')}: {value} is not above 0; give a positive number")
@@ -86,7 +84,8 @@ class RunPlan:
     checkpoint_bytes: int
     steps: int
     batch_size: int
-    checkpoint_every: int
+    checkpoint_every: int | None
+    mtbf_hours: float
     zero_stage: int
     data: DataPlan
     activations_per_sample: float
@@ -114,7 +113,7 @@ def plan_run(recipe: Recipe, given: Assumptions) -> RunPlan:
         checkpoint_every=train.checkpoint_every,
         activations=activations,
         sample_seconds=seconds,
-        mtbf_hours=given.mtbf_hours,
+        mtbf_hours=train.mtbf_hours,
         disk_rate=given.disk_mb_per_second * 1e6,
         price_per_hour=given.price_per_hour,
     )
@@ -125,6 +124,7 @@ def plan_run(recipe: Recipe, given: Assumptions) -> RunPlan:
         steps=train.steps,
         batch_size=train.batch_size,
         checkpoint_every=train.checkpoint_every,
+        mtbf_hours=train.mtbf_hours,
         zero_stage=recipe.parallel.zero_stage,
         data=_data(recipe),
         activations_per_sample=activations[1],
@@ -150,7 +150,8 @@ def show(plan: RunPlan, given: Assumptions, console: Console) -> None:
     facts = Table(box=None, show_header=False, pad_edge=False)
     frozen = f", {size.parameters - size.trained:,} of them frozen" if size.trained < size.parameters else ""
     facts.add_row("parameters", f"{size.parameters:,}{frozen}")
-    facts.add_row("checkpoint", f"{_bytes(plan.checkpoint_bytes)}, every {plan.checkpoint_every} steps")
+    every = "as often as loses least" if plan.checkpoint_every is None else f"every {plan.checkpoint_every} steps"
+    facts.add_row("checkpoint", f"{_bytes(plan.checkpoint_bytes)}, {every}")
     facts.add_row("steps", f"{plan.steps:,} of {plan.batch_size} images, at any number of workers")
     if data.samples is not None:
         facts.add_row(
@@ -200,14 +201,14 @@ def show(plan: RunPlan, given: Assumptions, console: Console) -> None:
     for world in plan.worlds:
         if world.step_seconds is not None and world.hours is None:
             console.print(
-                f"train.checkpoint_every: {plan.checkpoint_every} steps of {world.workers} workers take "
-                f"{_seconds(world.checkpoint_seconds)}, and they fail more often; lower it to about {world.best_steps}",
+                f"train.checkpoint_every: {_seconds(world.checkpoint_seconds)} between checkpoints of {world.workers} "
+                f"workers, which fail more often than that; set it to about {world.best_steps}, or take fewer workers",
                 style="yellow",
             )
     console.print(
         f"\nBest: the time between checkpoints by Young and Daly. State is fp32; {GPU_OVERHEAD}. A node is lost every "
-        f"{given.mtbf_hours:g} hours and a rank writes {given.disk_mb_per_second:g} MB/s by assumption (--mtbf-hours, "
-        "--disk-mb-per-second); each worker has a machine of its own, and communication is not counted.",
+        f"{plan.mtbf_hours:g} hours and a rank writes {given.disk_mb_per_second:g} MB/s by assumption "
+        "(train.mtbf_hours, --disk-mb-per-second); each worker has a machine of its own, and communication is not counted.",
         style="dim",
     )
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.rank import Data
+from orchestration.assembly import Data
 from orchestration.recipe import Recipe, parse_recipe
 from pipelines import write_index
 from pipelines.scenes import Tetrominoes, render_shard

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestration.assembly import Data, build_model, training_stream
 from orchestration.checkpoints import (
     Checkpoint,
     DamagedCheckpointError,
@@ -19,7 +20,6 @@ from orchestration.checkpoints import (
     restore,
 )
 from orchestration.engine import PlainEngine
-from orchestration.rank import Data, build_model, training_stream
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.run_folder import LeaseLostError
 from orchestration.schedule import Schedule

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from orchestration.assembly import evaluation_batches, training_stream
 from orchestration.prepare import data_folders
-from orchestration.rank import evaluation_batches, training_stream
 from orchestration.recipe import Recipe, RecipeError, parse_recipe
 from pipelines import Purpose, WeightedSet
 from pipelines.noise import generator

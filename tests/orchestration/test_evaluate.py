@@ -4,8 +4,8 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 
+from orchestration.assembly import Data, build_model, evaluation_batches
 from orchestration.evaluate import evaluate
-from orchestration.rank import Data, build_model, evaluation_batches
 from orchestration.recipe import Recipe
 
 

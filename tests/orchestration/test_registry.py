@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from orchestration.assembly import build_model
 from orchestration.evaluate import Evaluation
 from orchestration.predict import ImageError, predict
-from orchestration.rank import build_model
 from orchestration.recipe import Recipe
 from orchestration.registry import Registered, load, register
 from orchestration.run_folder import RunFolder

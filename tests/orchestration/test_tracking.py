@@ -7,9 +7,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from orchestration.assembly import build_model
 from orchestration.checkpoints import Points, Saver, committed, new_token
 from orchestration.engine import PlainEngine
-from orchestration.rank import build_model
 from orchestration.recipe import Recipe, RecipeError, parse_recipe
 from orchestration.run_folder import RunFolder
 from orchestration.tracking import Tracker, tracking_uri

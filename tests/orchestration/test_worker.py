@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from orchestration.assembly import Data, build_model, training_stream
+from orchestration.bare import train_bare
 from orchestration.curves import Curves
 from orchestration.engine import PlainEngine
-from orchestration.rank import Data, build_model, train_bare, training_stream
 from orchestration.recipe import Recipe
 from orchestration.schedule import Schedule
 from orchestration.worker import DivergedError, StepReport, curve_names, train
@@ -35,7 +36,8 @@ def test_the_bare_loop_loads_no_service(recipe: Recipe, data: Data) -> None:
 
     program = (
         "import json, sys; from pathlib import Path\n"
-        "from orchestration.rank import Data, train_bare; from orchestration.recipe import parse_recipe\n"
+        "from orchestration.assembly import Data; from orchestration.bare import train_bare\n"
+        "from orchestration.recipe import parse_recipe\n"
         "train_bare(parse_recipe(json.loads(sys.argv[1])), Data(Path(sys.argv[2]), Path(sys.argv[3])))\n"
         "print(sorted({'ray', 'deepspeed', 'mlflow'} & set(sys.modules)))"
     )

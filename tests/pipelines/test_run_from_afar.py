@@ -7,8 +7,8 @@ import pytest
 import torch
 from faulty_server import FaultyServer
 
+from orchestration.bare import train_bare
 from orchestration.prepare import data_folders
-from orchestration.rank import train_bare
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.worker import StepReport
 from pipelines import write_index

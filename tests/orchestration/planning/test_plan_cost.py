@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from typer.testing import CliRunner
 
+from orchestration.assembly import Data, build_model
 from orchestration.cli import app
 from orchestration.engine import PlainEngine
 from orchestration.planning import measure as plan_measure
@@ -31,7 +32,6 @@ from orchestration.planning.cost import (
 from orchestration.planning.measure import StepTime, activation_bytes, model_size, saved_bytes, scene_bytes, step_time
 from orchestration.planning.report import Assumptions, as_json, plan_run
 from orchestration.prepare import data_folders
-from orchestration.rank import Data, build_model
 from orchestration.recipe import Recipe, parse_recipe
 from slot_models import SlotAutoencoder, build_autoencoder
 
@@ -287,7 +287,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, tmp_path: 
 WRONG = [
     (["--step-seconds", "0"], "--step-seconds: 0.0 is not above 0"),
     (["--step-seconds", "nan"], "--step-seconds: nan"),
-    (["--mtbf-hours", "-1"], "--mtbf-hours: -1.0"),
     (["--disk-mb-per-second", "0"], "--disk-mb-per-second: 0.0"),
     (["--price-per-hour", "-3"], "--price-per-hour: -3.0"),
     (["--step-workers", "2"], "--step-workers: 2"),

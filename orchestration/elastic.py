@@ -1,0 +1,171 @@
+"""Ray Train with restarts that lose no step where they can be foreseen.
+
+Ray restarts all workers at a resize, without notice. Here a resize, and a node that is about to go, are foreseen: the
+ranks are asked to save first, and leave by themselves. Ray Train's own engine does the rest; what is added goes in by
+its policies and callbacks, which are internal interfaces of the pinned version.
+"""
+
+import logging
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from orchestration.mailbox import Leaving
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 10.0  # that the mailbox may take
+KILLED_FOR_MEMORY = "low on memory"  # what Ray says of a worker that its memory monitor killed
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's, with the policies of this module.
+
+    Args:
+        mailbox: of orchestration.mailbox.
+        final: errors that a restart would only repeat.
+    """
+
+    def __init__(self, *arguments: Any, mailbox: Any, final: tuple[type[Exception], ...], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._mailbox, self._final = mailbox, final
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        restarts: Any = self.run_config.failure_config
+        scaling: Any = self.scaling_config
+        parts["failure_policy"] = Restarts(restarts, self._mailbox, self._final)
+        if scaling.elasticity_enabled:
+            parts["scaling_policy"] = SavedResizes(scaling, self._mailbox)
+        parts["callbacks"] = [*parts["callbacks"], Notices(self._mailbox, "cuda" if scaling.use_gpu else "cpu")]
+        return super()._initialize_and_run_controller(**parts)
+
+
+class Backend(TorchConfig):
+    """torch's process group, which ends with its processes: to take it down by word costs seconds of a restart, and
+    half a minute where a rank hangs."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _EndsWithProcesses
+
+
+class _EndsWithProcesses(_TorchBackend):
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        pass
+
+
+class SavedResizes(ElasticScalingPolicy):
+    """Resizes by asking the ranks to save and leave; they start anew at the size that there is room for then."""
+
+    def __init__(self, scaling_config: ScalingConfig, mailbox: Any) -> None:
+        super().__init__(scaling_config)
+        self._mailbox = mailbox
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """Not on nodes that are dead or about to go: Ray counts both for a while, and then waits for them."""
+        draining = ray._private.state.state.get_draining_nodes()
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(draining)  # type: ignore[no-untyped-call]
+        return super()._count_possible_workers(
+            {node: resources for node, resources in reserved_resources.items() if node in alive}
+        )
+
+    def make_decision_for_running_worker_group(self, *state: Any, **status: Any) -> ScalingDecision:
+        decision = super().make_decision_for_running_worker_group(*state, **status)
+        if isinstance(decision, ResizeDecision):
+            self._mailbox.happened.remote(time.time(), f"room for {decision.num_workers} workers: saving to resize")
+            self._mailbox.ask.remote("leave")
+        return NoopDecision()
+
+
+class Restarts(DefaultFailurePolicy):
+    """Who leaves as asked is no failure; failures count only while no new step comes between them."""
+
+    def __init__(self, failure_config: FailureConfig, mailbox: Any, final: tuple[type[Exception], ...]) -> None:
+        super().__init__(failure_config)
+        self._mailbox, self._final = mailbox, final
+        self._steps = 0
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        self._mailbox.mark.remote("detected", time.time())
+        if not isinstance(training_failed_error, WorkerGroupError):
+            return super().make_decision(training_failed_error)
+        errors = training_failed_error.worker_failures
+        if any(isinstance(error, self._final) for error in errors.values()):
+            return FailureDecision.RAISE
+        leaving = [str(error) for error in errors.values() if isinstance(error, Leaving)]
+        if leaving:
+            self._mailbox.happened.remote(time.time(), f"workers start anew: {leaving[0]}")
+            return FailureDecision.RETRY
+        if any(KILLED_FOR_MEMORY in str(error) for error in errors.values()):
+            limit = ray.get(self._mailbox.out_of_memory.remote(), timeout=ANSWER_SECONDS)
+            if limit is not None:
+                self._happened(f"out of memory: micro batches of {limit} from now on")
+                return FailureDecision.RETRY
+        steps = ray.get(self._mailbox.steps.remote(), timeout=ANSWER_SECONDS)
+        if steps > self._steps:
+            self._steps, self._worker_group_failures = steps, 0
+        rank, error = min(errors.items(), key=lambda entry: (not isinstance(entry[1], RayActorError), entry[0]))
+        self._happened(f"rank {rank} failed: {_first_line(error)}; going on from the last checkpoint")
+        return super().make_decision(training_failed_error)
+
+    def _happened(self, text: str) -> None:
+        self._mailbox.happened.remote(time.time(), text)
+
+
+class Notices(ControllerCallback, WorkerGroupCallback):
+    """Tells the mailbox how restarts go, and the ranks of nodes that are about to go."""
+
+    def __init__(self, mailbox: Any, device: str) -> None:
+        self._mailbox, self._device = mailbox, device
+        self._warned: set[str] = set()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        notice = worker_group_status.get_preemption_info()
+        going = set(notice.preempted_node_ids) - self._warned if notice is not None else set()
+        if going:
+            self._warned |= going
+            nodes = ", ".join(sorted(node[:8] for node in going))
+            self._mailbox.happened.remote(time.time(), f"node {nodes} is about to go: saving first")
+            self._mailbox.ask.remote("leave")
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        self._mailbox.mark.remote("down", time.time())
+
+    def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
+        """The workers' processes are there; their imports, all at once."""
+        self._mailbox.mark.remote("scheduled", time.time())
+        ray.get([worker.execute_async(_import_stack, self._device) for worker in workers])
+        self._mailbox.mark.remote("imported", time.time())
+        return {}
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._mailbox.mark.remote("grouped", time.time())
+        self._mailbox.happened.remote(time.time(), f"training on {len(worker_group)} workers")
+
+
+def _import_stack(device: str) -> None:
+    """What a rank needs of Python."""
+    import orchestration.rank  # noqa: F401
+    from orchestration.engine import import_deepspeed
+
+    import_deepspeed(device)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()[:200] if lines else ''}"

@@ -1,0 +1,210 @@
+"""Trains by Ray Train, while the driver shows progress and sends committed points to MLflow."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from mlflow.exceptions import MlflowException
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from rich.progress import Progress
+
+from orchestration.assembly import Data
+from orchestration.checkpoints import committed
+from orchestration.clusters.connection import cpus_per_worker, use_gpu
+from orchestration.elastic import Backend, Trainer
+from orchestration.files import write_json
+from orchestration.mailbox import STOP_SECONDS, News, TrainingError, open_mailbox
+from orchestration.rank import FINAL_ERRORS, train_rank
+from orchestration.recipe import Recipe, state_home
+from orchestration.run_folder import RunFolder
+from orchestration.tracking import Tracker
+
+POLL_SECONDS = 0.5
+RESIZE_SECONDS = 30.0  # between looks for room for more workers
+UNSCHEDULED_LIMIT = 30  # times that a worker group of a fixed size may find no room
+
+TIMES = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen this soon
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "45",  # one that is hung or paused
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+GROUP_START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Elastic: a node that has just died is still counted for a while, and a start on it only times out."""
+
+
+def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, tracker: Tracker, progress: Progress) -> None:
+    """Trains a run from its newest checkpoint to its end, on the Ray that is connected.
+
+    Raises:
+        TrainingError: training has stopped for good.
+        KeyboardInterrupt: it was asked to stop, and has saved; says where.
+    """
+    mailbox = open_mailbox(folder.facts.get("micro_batch"))
+    training = _Training(_trainer(recipe, data, folder, lease, mailbox))
+    watch = _Watch(mailbox, training, folder, tracker, progress, recipe.train.steps)
+    tracker.status("RUNNING")
+    try:
+        training.start()
+        try:
+            watch.until(lambda: False)
+        except KeyboardInterrupt:
+            progress.console.print("stopping: the workers save first; once more stops them at once", style="yellow")
+            mailbox.ask.remote("stop")
+            deadline = time.monotonic() + STOP_SECONDS
+            watch.until(lambda: watch.news.stopped or time.monotonic() > deadline)
+            raise
+        if training.error is not None:
+            raise TrainingError(
+                f"parallel.max_failures: the workers failed more than {recipe.parallel.max_failures} times without a "
+                f"new step, or found no room for {recipe.parallel.workers.min} of them; the last time:\n"
+                f"{training.error}"
+            )
+    except (KeyboardInterrupt, TrainingError) as stop:
+        if watch.send():  # an MLflow that is down does not hide why the run stopped
+            tracker.status("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
+        if isinstance(stop, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"the newest checkpoint is of step {_newest_step(folder)}") from None
+        raise
+    watch.close()
+    tracker.send_committed()
+    tracker.status("FINISHED")
+
+
+def _trainer(recipe: Recipe, data: Data, folder: RunFolder, lease: int, mailbox: Any) -> Trainer:
+    gpu, threads, workers = use_gpu(recipe), cpus_per_worker(recipe), recipe.parallel.workers
+    elastic = workers.min < workers.max
+    for name, seconds in {**TIMES, GROUP_START_SECONDS: "10" if elastic else "60"}.items():
+        os.environ.setdefault(name, seconds)  # Ray Train hands them on to its controller
+    return Trainer(
+        train_rank,
+        mailbox=mailbox,
+        final=FINAL_ERRORS,
+        train_loop_config={
+            "recipe": json.dumps(recipe.model_dump(mode="json")),
+            "folder": str(folder.path),
+            "train": str(data.train),
+            "eval": str(data.eval),
+            "lease": lease,
+            "gpu": gpu,
+            "threads": threads,
+            "mailbox": mailbox,
+        },
+        # A lost peer hangs a collective for this long: minutes, not the default half hour.
+        torch_config=Backend(backend="nccl" if gpu else "gloo", timeout_s=120),
+        scaling_config=ScalingConfig(
+            num_workers=(workers.min, workers.max) if elastic else workers.max,
+            use_gpu=gpu,
+            resources_per_worker={"GPU": 1} if gpu else {"CPU": threads},
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        ),
+        run_config=RunConfig(
+            name=f"{recipe.name}-{lease}",  # a name of its own: our checkpoints are the truth, not Ray's
+            storage_path=str(state_home() / "ray" / f"{recipe.name}-{lease}"),
+            failure_config=FailureConfig(
+                max_failures=recipe.parallel.max_failures,
+                controller_failure_limit=-1 if elastic else UNSCHEDULED_LIMIT,
+            ),
+        ),
+    )
+
+
+class _Training:
+    """Ray Train's run, in a thread: in the main thread Ray would take Ctrl-C for itself."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.error: BaseException | None = None
+        # Not Thread.is_alive: a join that Ctrl-C interrupts takes the thread for dead.
+        self.finished = threading.Event()
+        self._trainer = trainer
+
+    def start(self) -> None:
+        threading.Thread(target=self._fit, name="ray-train", daemon=True).start()
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # raised again by the main thread
+            self.error = error
+        finally:
+            shutil.rmtree(self._trainer.run_config.storage_path or "", ignore_errors=True)  # Ray's own notes
+            self.finished.set()
+
+
+class _Watch:
+    """Shows what the ranks do, and sends what they have committed."""
+
+    def __init__(
+        self, mailbox: Any, training: _Training, folder: RunFolder, tracker: Tracker, progress: Progress, steps: int
+    ) -> None:
+        self._mailbox, self._training, self._folder = mailbox, training, folder
+        self._tracker, self._progress = tracker, progress
+        self._bar = progress.add_task("starting workers", total=steps)
+        self._outage = False
+        self.news = News()
+
+    def until(self, over: Callable[[], bool]) -> None:
+        """Until training is done, or it is over.
+
+        Raises:
+            TrainingError: the ranks have met what a restart would only repeat.
+        """
+        while not over():
+            finished = self._training.finished.wait(POLL_SECONDS)
+            self._look()
+            self.send()
+            if self.news.failure is not None:
+                self._fail()
+            if finished:
+                return
+
+    def send(self) -> bool:
+        """Sends what is committed, if it can: an MLflow that does not answer costs a warning, and the points wait."""
+        try:
+            self._tracker.send_committed()
+        except MlflowException as error:
+            if not self._outage:
+                self._say(f"MLflow does not take points now, they wait: {error}", "yellow")
+            self._outage = True
+            return False
+        self._outage = False
+        return True
+
+    def close(self) -> None:
+        self._progress.remove_task(self._bar)
+
+    def _look(self) -> None:
+        limit = self.news.micro_batch
+        self.news = ray.get(self._mailbox.news.remote())
+        if self.news.micro_batch != limit:
+            self._folder.note(micro_batch=self.news.micro_batch)
+        for rank, line in self.news.lines:
+            usual = " INFO " in line
+            if rank == 0 or not usual:
+                self._say(f"rank {rank}: {line}", "dim" if usual else "yellow")
+        for when, text in self.news.events:
+            self._say(f"{time.strftime('%H:%M:%S', time.localtime(when))} {text}", "dim")
+        if live := self.news.live:
+            text = f"loss {live['loss']:.4f}  kept {live['kept']:.1f}  {live['images_per_second']:.0f} images/s"
+            self._progress.update(self._bar, completed=live["step"], description=f"training  {text}")
+
+    def _fail(self) -> None:
+        failure = self.news.failure
+        assert failure is not None
+        message = f"{failure.error}: {failure.message}"
+        if failure.facts:
+            path = self._folder.path / "diagnosis.json"
+            write_json(path, failure.facts)
+            message += f"\nThe step, its samples and norms are in {path}"
+        raise TrainingError(message)
+
+    def _say(self, text: str, style: str) -> None:
+        self._progress.console.print(text, style=style, highlight=False, markup=False)
+
+
+def _newest_step(folder: RunFolder) -> int:
+    return max((checkpoint.steps for checkpoint in committed(folder.checkpoints)), default=0)

@@ -1,0 +1,43 @@
+"""When to save: every so many steps, or as often as loses least time."""
+
+import time
+from collections.abc import Callable
+
+from orchestration.planning.cost import best_interval
+
+FIRST_SECONDS = 30.0  # of training before the first checkpoint, which tells what one costs
+LEAST_SECONDS = 10.0
+MOST_SECONDS = 1800.0
+
+
+class SaveInterval:
+    """Rank 0's opinion on whether a checkpoint is due.
+
+    Without a fixed number of steps it is the time between checkpoints that loses least, by Young and Daly, from what
+    saving costs here and how often a node is lost.
+
+    Args:
+        every: steps between checkpoints; None: by time.
+        mtbf: mean seconds between failures of any of the run's nodes.
+        now: seconds of a clock that only goes forward.
+    """
+
+    def __init__(self, every: int | None, mtbf: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._mtbf, self._now = every, mtbf, now
+        self._last, self._seconds = now(), FIRST_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Between checkpoints by time, as it stands."""
+        return self._seconds
+
+    def due(self, done: int) -> bool:
+        """Whether to save after ``done`` steps."""
+        if self._every is not None:
+            return done % self._every == 0
+        return self._now() - self._last >= self._seconds
+
+    def saved(self, cost: float) -> None:
+        """A checkpoint was taken, which cost training so many seconds."""
+        self._last = self._now()
+        self._seconds = min(max(best_interval(cost, self._mtbf), LEAST_SECONDS), MOST_SECONDS)

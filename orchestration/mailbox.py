@@ -1,0 +1,149 @@
+"""Where a driver, its ranks and Ray Train's controller leave word for each other: an actor, no files.
+
+It holds requests to the ranks (save and stop, save and leave), what rank 0 shows, what stopped the ranks for good, and
+the times from which a restart's parts are told. A run's state is not here: that is the run folder's.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+STOP_SECONDS = 60.0  # that the ranks have to save before they are stopped
+
+Request = Literal["stop", "leave"]
+"""stop: save, and end the run for now. leave: save, and let the workers be started anew, at another size perhaps."""
+
+
+class TrainingError(Exception):
+    """Training has stopped for good; the message says why."""
+
+
+class Stopped(Exception):
+    """The ranks have saved and stopped, as they were asked."""
+
+
+class Leaving(Exception):
+    """The ranks have saved, where they could, and leave for workers that start anew; the message says why."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a restart would only repeat.
+
+    Fields:
+        error, message: its name and its words.
+        facts: a diagnosis, where there is one.
+    """
+
+    error: str
+    message: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class News:
+    """What a driver has not seen yet.
+
+    Fields:
+        live: values of the newest step, for the terminal; empty before the first.
+        lines: (rank, line) of the ranks' logs.
+        events: (time in seconds since the epoch, text) of restarts, resizes and the like.
+        stopped: whether the ranks have saved and stopped, as they were asked.
+        failure: what stopped them for good.
+        micro_batch: the largest micro batch that has not run out of memory, where one did.
+    """
+
+    live: dict[str, float] = field(default_factory=dict)
+    lines: list[tuple[int, str]] = field(default_factory=list)
+    events: list[tuple[float, str]] = field(default_factory=list)
+    stopped: bool = False
+    failure: Failure | None = None
+    micro_batch: int | None = None
+
+
+class Mailbox:
+    """The actor's class; ``open_mailbox`` starts it."""
+
+    def __init__(self, micro_batch: int | None = None) -> None:
+        self._request: Request | None = None
+        self._news = News(micro_batch=micro_batch)
+        self._marks: dict[str, float] = {}
+        self._steps = 0
+        self._micro_batch = 0
+
+    def attempt(self, micro_batch: int) -> None:
+        """Ranks begin, with micro batches of so many samples: nothing that was asked of those before them holds."""
+        self._micro_batch = micro_batch
+        if self._request == "leave":
+            self._request = None
+
+    def steps(self) -> int:
+        """The most steps that have been shown."""
+        return self._steps
+
+    def ask(self, request: Request) -> None:
+        """The driver or the controller wants something of the ranks. A stop is not taken back by a leave."""
+        if self._request != "stop":
+            self._request = request
+
+    def request(self) -> Request | None:
+        return self._request
+
+    def stopped(self) -> None:
+        """The ranks have saved, and stop."""
+        self._news.stopped = True
+
+    def show(self, values: dict[str, float]) -> Request | None:
+        """Rank 0's newest values; returns what is asked of the ranks."""
+        self._news.live = values
+        self._steps = max(self._steps, int(values["step"]))
+        self._marks["last step"] = values["when"]
+        return self._request
+
+    def say(self, rank: int, line: str) -> None:
+        self._news.lines.append((rank, line))
+
+    def happened(self, when: float, text: str) -> None:
+        self._news.events.append((when, text))
+
+    def fail(self, failure: Failure) -> None:
+        """The first one counts; those after it follow from it."""
+        if self._news.failure is None:
+            self._news.failure = failure
+
+    def out_of_memory(self) -> int | None:
+        """A micro batch was too large: from now on half of it is the most. Returns the new limit, None at the end."""
+        if self._micro_batch <= 1:
+            return None
+        self._news.micro_batch = self._micro_batch // 2
+        return self._news.micro_batch
+
+    def micro_batch(self) -> int | None:
+        return self._news.micro_batch
+
+    def mark(self, name: str, when: float) -> None:
+        """A moment on the way from a fault to the next step; see orchestration.recovery."""
+        self._marks[name] = when
+
+    def marks(self) -> dict[str, float]:
+        """The moments of the last restart; the next one starts anew."""
+        marks, self._marks = self._marks, {}
+        return marks
+
+    def news(self) -> News:
+        """For the driver: what it has not seen yet."""
+        news = self._news
+        self._news = News(news.live, [], [], news.stopped, news.failure, news.micro_batch)
+        return news
+
+
+def open_mailbox(micro_batch: int | None = None) -> Any:
+    """Starts the actor on this node, where the driver is: one does not outlive the other.
+
+    Args:
+        micro_batch: the limit that an earlier driver of this run has found.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(micro_batch)

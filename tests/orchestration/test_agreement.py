@@ -1,0 +1,64 @@
+"""All ranks pause after the same step, whenever rank 0 decides it."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from orchestration.agreement import Agreement, Pause, open_board
+
+
+def run(world: int, wishes: dict[int, Pause], steps: int = 12, start: int = 0) -> list[list[tuple[int, Pause | None]]]:
+    """What each of some ranks did after each of its steps, in step with each other as a gradient's reduction keeps
+    them. ``wishes``: what rank 0 wants after which step."""
+    barrier, end, decided = threading.Barrier(world), threading.Barrier(world), []
+    told: list[list[tuple[int, Pause | None]]] = [[] for _ in range(world)]
+
+    def body(rank: int) -> None:
+        def agree(decide: Any) -> Any:
+            if rank == 0:
+                decided.append(decide())
+            barrier.wait(10)
+            return decided[0]
+
+        board = open_board(rank, world, "127.0.0.1", agree)
+        agreement = Agreement(board, rank, start, wishes.get)
+        for step in range(start + 1, start + steps + 1):
+            barrier.wait(10)  # the reduction of this step's gradient
+            time.sleep(0.001 * ((step * (rank + 1)) % 4))
+            told[rank].append((step, agreement.after(step)))
+            if told[rank][-1][1] in ("stop", "leave"):
+                break
+        end.wait(10)  # rank 0 outlives the others' last question
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return told
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {},
+        {1: "save"},
+        dict.fromkeys(range(1, 13), "save"),
+        {3: "save", 4: "stop", 5: "save"},
+        {2: "leave"},
+        {6: "save", 12: "stop"},
+    ],
+    ids=["none", "first", "every", "save then stop", "leave", "at the end"],
+)
+def test_every_rank_does_what_rank_0_wants_after_the_same_step(world: int, wishes: dict[int, Pause]) -> None:
+    last = min((step for step, pause in wishes.items() if pause != "save"), default=12)
+    assert run(world, wishes) == [[(step, wishes.get(step)) for step in range(1, last + 1)]] * world
+
+
+def test_a_resumed_run_counts_from_where_it_begins() -> None:
+    expected = [(step, {101: "save", 104: "leave"}.get(step)) for step in range(101, 105)]
+    assert run(3, {101: "save", 104: "leave"}, start=100) == [expected] * 3

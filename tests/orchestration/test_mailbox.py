@@ -1,0 +1,75 @@
+"""The mailbox, without the actor around it; and what a restart's moments add up to."""
+
+import pytest
+
+from orchestration.mailbox import Failure, Mailbox
+from orchestration.recovery import recovery_line, recovery_parts
+
+LIVE = {"when": 100.0, "step": 7, "loss": 0.5, "kept": 3.0, "images_per_second": 10.0}
+
+
+def test_news_are_told_once() -> None:
+    box = Mailbox()
+    box.say(1, "hello")
+    box.happened(1.0, "training on 2 workers")
+    assert box.show(LIVE) is None
+    news = box.news()
+    assert (news.lines, news.events, news.live) == ([(1, "hello")], [(1.0, "training on 2 workers")], LIVE)
+    again = box.news()
+    assert (again.lines, again.events, again.live) == ([], [], LIVE)
+
+
+def test_a_stop_outlives_a_restart_and_a_resize_does_not() -> None:
+    box = Mailbox()
+    box.ask("leave")
+    assert box.show(LIVE) == "leave"
+    box.attempt(4)
+    assert box.show(LIVE) is None
+    box.ask("leave")
+    box.ask("stop")
+    box.ask("leave")
+    box.attempt(4)
+    assert box.show(LIVE) == "stop"
+    assert not box.news().stopped
+    box.stopped()
+    assert box.news().stopped
+
+
+def test_the_first_failure_counts() -> None:
+    box = Mailbox()
+    box.fail(Failure("DivergedError", "first"))
+    box.fail(Failure("DataError", "second"))
+    assert box.news().failure == Failure("DivergedError", "first")
+    assert box.news().failure is not None
+
+
+def test_micro_batches_are_halved_until_one_is_left() -> None:
+    box = Mailbox()
+    limits = []
+    size = 12
+    while (limit := (box.attempt(size), box.out_of_memory())[1]) is not None:
+        limits.append(limit)
+        size = limit
+    assert limits == [6, 3, 1]
+    assert Mailbox(3).micro_batch() == 3  # what an earlier driver found
+
+
+def test_the_parts_of_a_restart_add_up_to_the_whole() -> None:
+    box = Mailbox()
+    box.show(LIVE)
+    moments = {"detected": 100.5, "down": 101.0, "scheduled": 103.0, "imported": 107.0, "grouped": 107.2, "loaded": 109}
+    for name, when in moments.items():
+        box.mark(name, when)
+    parts = recovery_parts({**box.marks(), "first step": 109.5})
+    total = parts.pop("total")
+    assert total == pytest.approx(9.5) == sum(parts.values())
+    assert list(parts) == ["detection", "teardown", "scheduling", "imports", "process_group", "load", "first_step"]
+    line = recovery_line({**parts, "total": total})
+    assert line.startswith("back after 9.5 s: detection 0.5, teardown 0.5, scheduling 2.0, imports 4.0")
+    assert box.marks() == {}, "the next restart begins anew"
+
+
+def test_a_first_start_is_no_restart_and_clocks_that_differ_take_no_time() -> None:
+    assert "total" not in recovery_parts({"scheduled": 1.0, "imported": 3.0, "loaded": 4.0, "first step": 5.0})
+    parts = recovery_parts({"last step": 10.0, "detected": 9.0, "down": 11.0, "first step": 12.0})
+    assert parts == {"detection": 0.0, "teardown": 1.0, "first_step": 1.0, "total": 2.0}
