@@ -29,6 +29,7 @@ MUTABLE: dict[str, Any] = {
 }
 
 Floor = Literal["ari", "fg_ari", "mbo", "miou", "corloc", "count_correlation", "count_accuracy"]
+Compared = Literal["ari", "fg_ari", "mbo", "miou", "corloc", "count_error", "count_accuracy", "reconstruction"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -113,7 +114,12 @@ class RegistrySection(Section):
     """The registered model and the gate that its alias champion has to pass."""
 
     model: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="name; null: slotforge-<recipe's name>")
-    floors: dict[Floor, Fraction] = Field(default_factory=dict)
+    floors: dict[Floor, Fraction] = Field(default_factory=dict, description="least values on the held-out set")
+    metric: Compared | None = Field(
+        None, description="that a candidate and the champion are compared by; null: fg_ari, without masks reconstruction"
+    )
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="that a candidate loses no more than is tolerated")
+    tolerated_loss: float = Field(0.0, ge=0, description="of the metric against the champion; 0: it has to be better")
 
 
 class Recipe(Section):
