@@ -116,7 +116,7 @@ class RegistrySection(Section):
     model: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="name; null: slotforge-<recipe's name>")
     floors: dict[Floor, Fraction] = Field(default_factory=dict, description="least values on the held-out set")
     metric: Compared | None = Field(
-        None, description="that a candidate and the champion are compared by; null: fg_ari, without masks reconstruction"
+        None, description="candidate and champion are compared by it; null: fg_ari, or reconstruction without masks"
     )
     confidence: float = Field(0.95, ge=0.5, lt=1, description="that a candidate loses no more than is tolerated")
     tolerated_loss: float = Field(0.0, ge=0, description="of the metric against the champion; 0: it has to be better")
