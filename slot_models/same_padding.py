@@ -28,8 +28,11 @@ class SameConv2d(nn.Conv2d):
         return super().forward(inputs)
 
 
-class SameConvTranspose2d(nn.ConvTranspose2d):
-    """The adjoint of SameConv2d: [B, C, H, W] -> [B, outputs, H stride, W stride].
+class TurnedConvTranspose2d(nn.ConvTranspose2d):
+    """The adjoint of SameConv2d on images turned by 180 degrees: [B, C, H, W] -> [B, outputs, H stride, W stride].
+
+    Turned, the odd pixel is at the other end, where torch's ``output_padding`` has it; upright, a row and a column too
+    many would have to be cut off, which copies the result. The weight is that of upright images.
 
     Raises:
         ValueError: the kernel is smaller than the stride, which would leave pixels without any input.
@@ -38,11 +41,15 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         if kernel < stride:
             raise ValueError(f"kernel: {kernel} is less than the stride {stride}; take a larger one")
-        before, _ = same_padding(kernel, stride)
-        super().__init__(inputs, outputs, kernel, stride, padding=before)
-        self.factor = stride
+        before, after = same_padding(kernel, stride)
+        super().__init__(inputs, outputs, kernel, stride, padding=after, output_padding=after - before)
+        self.before = after  # what is dropped at the start of the turned image
 
-    def forward(self, inputs: Tensor, output_size: list[int] | None = None) -> Tensor:
-        height, width = inputs.shape[-2:]
-        outputs = super().forward(inputs, output_size)
-        return outputs[..., : height * self.factor, : width * self.factor]  # drops the odd row and column at the end
+    def forward(self, turned: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return functional.conv_transpose2d(
+            turned, self.turned_weight(), self.bias, self.stride, self.before, self.output_padding
+        )
+
+    def turned_weight(self) -> Tensor:
+        """[C, outputs, kernel, kernel]"""
+        return self.weight.flip(2, 3)

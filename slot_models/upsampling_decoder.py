@@ -3,16 +3,30 @@
 import math
 from collections.abc import Sequence
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from slot_models.broadcast import Broadcast, transposed_taps
 from slot_models.checks import check_positive
 from slot_models.decoders import MixtureDecoder
 from slot_models.encoders import glorot
 from slot_models.mixture import MIXTURE_EPS
 from slot_models.positions import Size, coordinates, height_width
-from slot_models.same_padding import SameConvTranspose2d
+from slot_models.same_padding import TurnedConvTranspose2d
+
+
+class BroadcastConvTranspose2d(TurnedConvTranspose2d):
+    """A transposed convolution of slots that are broadcast over a grid, plus a position code, and its ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, grid: tuple[int, int]) -> None:
+        super().__init__(inputs, outputs, kernel, stride)
+        rows, columns = (transposed_taps(size, kernel, stride, self.before) for size in grid)
+        self.broadcast = Broadcast(rows, columns)
+
+    def forward(self, slots: Tensor, position: Tensor) -> Tensor:  # type: ignore[override]
+        """slots [N, D], turned position code [1, D, h, w] -> turned [N, C, h stride, w stride]."""
+        hidden: Tensor = self.broadcast(slots, self.turned_weight(), super().forward(position))
+        return hidden
 
 
 class UpsamplingBroadcastDecoder(MixtureDecoder):
@@ -61,19 +75,21 @@ class UpsamplingBroadcastDecoder(MixtureDecoder):
         self.grid = (height // factor, width // factor)
         self.position = nn.Linear(4, slot_dim)
         layers: list[nn.Module] = []
-        inputs = slot_dim
-        for stride in strides:
-            layers += [SameConvTranspose2d(inputs, channels, kernel, stride), nn.ReLU()]
-            inputs = channels
-        self.layers = nn.Sequential(*layers, SameConvTranspose2d(channels, 4, output_kernel))
+        for stride in strides[1:]:
+            layers += [TurnedConvTranspose2d(channels, channels, kernel, stride), nn.ReLU(inplace=True)]
+        first = BroadcastConvTranspose2d(slot_dim, channels, kernel, strides[0], self.grid)
+        # An Identity for the first layer's own ReLU, so that each stride has two entries.
+        self.layers = nn.Sequential(first, nn.Identity(), *layers, TurnedConvTranspose2d(channels, 4, output_kernel))
         glorot(self)
         self.coordinates: Tensor
-        self.register_buffer("coordinates", coordinates(*self.grid), persistent=False)
+        self.register_buffer("coordinates", coordinates(*self.grid).flip(0, 1), persistent=False)  # turned
 
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> pictures [B, K, 3, H, W], mask logits [B, K, H, W]."""
-        position = rearrange(self.position(self.coordinates), "h w d -> d h w")
-        canvas = slots.flatten(0, 1)[:, :, None, None] + position  # [BK, D, h, w]
-        pixels = self.layers(canvas.contiguous(memory_format=torch.channels_last))  # [BK, 4, H, W]
-        pixels = pixels.unflatten(0, (-1, slots.shape[1]))
+        position = rearrange(self.position(self.coordinates), "h w d -> 1 d h w")
+        first, *rest = self.layers
+        hidden = first(slots.flatten(0, 1), position)  # turned by 180 degrees up to the last layer
+        for layer in rest:
+            hidden = layer(hidden)
+        pixels = hidden.flip(2, 3).unflatten(0, (-1, slots.shape[1]))  # [B, K, 4, H, W]
         return pixels[:, :, :3], pixels[:, :, 3]

@@ -9,7 +9,7 @@ from convolution_oracles import same_convolution, same_transposed
 from slot_oracles import randomise
 from torch import Tensor
 
-from slot_models.same_padding import SameConvTranspose2d
+from slot_models.same_padding import TurnedConvTranspose2d
 from slot_models.upsampling_decoder import UpsamplingBroadcastDecoder
 
 
@@ -22,11 +22,11 @@ def normal(*shape: int, seed: int = 2) -> Tensor:
     [(8, 8, 5, 2), (3, 4, 5, 2), (3, 4, 3, 2), (4, 3, 5, 1), (4, 3, 3, 1), (2, 3, 5, 3), (2, 3, 3, 3), (1, 1, 5, 2)],
 )
 def test_transposed_convolution_is_tensorflows(height: int, width: int, kernel: int, stride: int) -> None:
-    layer = SameConvTranspose2d(3, 2, kernel, stride).double()
+    layer = TurnedConvTranspose2d(3, 2, kernel, stride).double()
     image = normal(3, height, width)
     weight = layer.weight.detach().numpy()  # [3, 2, k, k]
     expected = same_transposed(image.numpy(), weight, stride)
-    ours = (layer(image[None])[0] - layer.bias[:, None, None]).detach().numpy()
+    ours = (layer(image[None].flip(2, 3)).flip(2, 3)[0] - layer.bias[:, None, None]).detach().numpy()
     assert ours.shape == (2, height * stride, width * stride)
     np.testing.assert_allclose(ours, expected, atol=1e-12)
 
@@ -71,7 +71,7 @@ def test_the_published_clevr_decoder() -> None:
     assert decoder.grid == (8, 8) and decoded.reconstruction.shape == (2, 3, 128, 128)
     shapes = [tuple(parameter.shape) for name, parameter in decoder.named_parameters() if name.startswith("layers")]
     assert shapes == [(64, 64, 5, 5), (64,)] * 5 + [(64, 4, 3, 3), (4,)]
-    strides = [layer.stride for layer in decoder.layers if isinstance(layer, SameConvTranspose2d)]
+    strides = [layer.stride for layer in decoder.layers if isinstance(layer, TurnedConvTranspose2d)]
     assert strides == [(2, 2)] * 4 + [(1, 1)] * 2
 
 
