@@ -102,7 +102,9 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         check_positive(in_dim=in_dim, dim=dim)
         self.in_dim, self.dim = in_dim, dim
-        self.mlp = nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, in_dim), nn.ReLU(), nn.Linear(in_dim, dim))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(in_dim), nn.Linear(in_dim, in_dim), nn.ReLU(inplace=True), nn.Linear(in_dim, dim)
+        )
         glorot(self)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class MLPPatchDecoder(MixtureDecoder):
         self.first_bias = nn.Parameter(torch.zeros(hidden_dim))
         hidden: list[nn.Module] = []
         for _ in range(layers - 1):
-            hidden += [nn.Linear(hidden_dim, hidden_dim), nn.ReLU()]
+            hidden += [nn.Linear(hidden_dim, hidden_dim), nn.ReLU(inplace=True)]
         self.rest = nn.Sequential(*hidden, nn.Linear(hidden_dim, features + 1))
         glorot(self)
         nn.init.xavier_uniform_(self.first_weight)
@@ -61,6 +61,6 @@ class MLPPatchDecoder(MixtureDecoder):
         """slots [B, K, D] -> pictures [B, K, F, h, w], mask logits [B, K, h, w]."""
         shared = functional.linear(self.position, self.first_weight, self.first_bias)  # [N, hidden]
         own = functional.linear(slots, self.first_weight)  # [B, K, hidden]
-        patches = self.rest((own[:, :, None] + shared).relu())  # [B, K, N, F + 1]
+        patches = self.rest((own[:, :, None] + shared).relu_())  # [B, K, N, F + 1]
         patches = rearrange(patches, "b k (h w) f -> b k f h w", h=self.grid[0])
         return patches[:, :, :-1], patches[:, :, -1]
