@@ -15,7 +15,6 @@ import torch
 
 from orchestration.agreement import Agreement, Pause, open_board
 from orchestration.assembly import Data, build_model, evaluation_batches, training_order, training_stream
-from orchestration.checkpoints import DamagedCheckpointError, Saver, new_token, newest_valid, restore
 from orchestration.curves import Curves
 from orchestration.diagnosis import diagnose
 from orchestration.engine import DeepSpeedEngine
@@ -24,7 +23,10 @@ from orchestration.interval import SaveInterval
 from orchestration.mailbox import Failure, Leaving, Request, Stopped
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recovery import recovery_line, recovery_parts
-from orchestration.run_folder import LeaseLostError, RunFolder, check_lease
+from orchestration.runs.checkpoints import DamagedCheckpointError, newest_valid, restore
+from orchestration.runs.folder import RunFolder
+from orchestration.runs.lease import LeaseLostError, check_lease
+from orchestration.runs.saver import NotSavedError, Saver, new_token
 from orchestration.schedule import Schedule
 from orchestration.worker import DivergedError, Hook, StepReport, train
 from pipelines import DataError, micro_batches
@@ -43,7 +45,10 @@ class TooLargeError(Exception):
     """Not even a single sample fits into memory."""
 
 
-FINAL_ERRORS = (*(DivergedError, DataError, DamagedCheckpointError, LeaseLostError, StateFolderError, TooLargeError),)
+FINAL_ERRORS = (
+    *(DivergedError, DataError, DamagedCheckpointError, NotSavedError),
+    *(LeaseLostError, StateFolderError, TooLargeError),
+)
 """What a restart would only repeat."""
 
 
@@ -78,7 +83,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     mailbox = config["mailbox"]
     _log_to(mailbox, rank)
     recipe = _with_micro_batch(parse_recipe(json.loads(config["recipe"])), ray.get(mailbox.micro_batch.remote()))
-    folder = RunFolder(Path(config["folder"]))
+    folder = RunFolder(config["folder"])
     data = Data(place_of(config["train"]), place_of(config["eval"]))
     device = f"cuda:{torch.cuda.current_device()}" if config["gpu"] else "cpu"
     if device == "cpu":
@@ -86,8 +91,8 @@ def _train_rank(config: Mapping[str, Any]) -> None:
 
     if not folder.facts:
         raise StateFolderError(
-            f"{folder.path}: rank {rank} does not see the run's folder; set SLOTFORGE_HOME, where Ray is started on "
-            "every node, to a folder that all nodes share"
+            f"{folder.url}: rank {rank} does not see the run's folder; set SLOTFORGE_RUNS for the driver to a folder "
+            "that all nodes share, or to s3://bucket/prefix"
         )
     checkpoint, token = _agree(lambda: (newest_valid(folder.checkpoints), new_token()), rank)
     model = build_model(recipe)
@@ -121,7 +126,9 @@ def _train_rank(config: Mapping[str, Any]) -> None:
 
     agreement = Agreement(board, rank, start, decide)
     curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots)
-    saver = Saver(folder.checkpoints, token, rank, world, allowed=lambda: check_lease(folder, config["lease"]))
+    saver = Saver(
+        folder.checkpoints, token, rank, world, allowed=lambda: check_lease(folder, config["lease"]), board=board
+    )
     held_out, evaluation_steps = evaluation_batches(recipe, data.eval, rank, world)
     measured: dict[str, float] = {}
     done = start
@@ -162,7 +169,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
         saver.save(report.done, engine, points, facts)
         interval.saved(time.perf_counter() - began)
         if pause in ("stop", "leave"):
-            saver.wait()
+            saver.wait(must=pause == "stop")
             if world > 1:
                 torch.distributed.barrier()  # or a rank that is done would end the others before they have saved
             if pause == "leave":
@@ -174,12 +181,12 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     hooks: list[Hook] = [back, curves.record, evaluate_held_out, save]
     if driver is not None:
         hooks.insert(1, driver.show)
-    ledger = Path(recipe.data.ledger) / f"{start:09d}-{token}-rank-{rank}.txt" if recipe.data.ledger else None
+    ledger = _ledger(recipe, f"{start:09d}-{token}-rank-{rank}.txt")
     with training_stream(recipe, data.train, noise, rank, world, device=device, ledger=ledger) as stream:
         background = recipe.evaluate.background_slots
         try:
             train(engine, stream, Schedule(recipe.train), start=start, background_slots=background, hooks=hooks)
-            saver.wait()
+            saver.wait(must=True)
         except DivergedError as error:
             error.step = error.step or done
             error.facts = diagnose(error, model, training_order(recipe, data.train), data.train)
@@ -218,6 +225,15 @@ class DriverLine:
     def recovery(self) -> dict[str, float]:
         """Seconds of the parts of the restart that has just ended; see orchestration.recovery."""
         return recovery_parts({**ray.get(self._mailbox.marks.remote()), "first step": time.time()})
+
+
+def _ledger(recipe: Recipe, name: str) -> Path | None:
+    """A file of its own for each rank of each attempt."""
+    if recipe.data.ledger is None:
+        return None
+    folder = Path(recipe.data.ledger)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 def _agree(decide: Callable[[], Any], rank: int) -> Any:

@@ -44,11 +44,17 @@ PATIENCE = 240  # seconds that a step of a test may take on a busy machine
 
 @dataclass
 class Run:
-    """A run of the recipe above, by name, in one state folder."""
+    """A run of the recipe above, by name, in one state folder.
+
+    Fields:
+        changes: of the recipe, as --set takes them.
+        cluster: environment variables of the cluster it runs on; none: a Ray of its own.
+    """
 
     home: Path
     name: str
-    output: list[str] = field(default_factory=list)
+    changes: tuple[str, ...] = ()
+    cluster: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -57,14 +63,14 @@ class Run:
     @property
     def environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-        return {**inherited, "SLOTFORGE_HOME": str(self.home), "COLUMNS": "200"}
+        return {**inherited, "SLOTFORGE_HOME": str(self.home), "COLUMNS": "200", **self.cluster}
 
     def command(self, *more: str) -> list[str]:
         recipe = self.home / "chain.yaml"
         recipe.write_text(yaml.safe_dump(RECIPE))
         return [
             *(sys.executable, "-m", "orchestration.train", "--recipe", str(recipe)),
-            *("--set", f"name={self.name}", *more),
+            *("--set", f"name={self.name}", *(part for change in self.changes for part in ("--set", change)), *more),
         ]
 
     def start(self, *more: str) -> subprocess.Popen[str]:
