@@ -52,11 +52,16 @@ def scene_figure(images: NDArray[np.uint8], output: SlotOutput) -> Figure:
 
 def overlay(image: NDArray[np.uint8], masks: NDArray[np.float32]) -> NDArray[np.float64]:
     """The image, greyed, under each slot's colour. image [H, W, 3], masks [K, H, W] -> [H, W, 3] in 0..1."""
-    colours = mpl.colormaps["tab10"](np.arange(len(masks)) % 10)[:, :3]  # [K, 3]
-    painted = np.einsum("khw,kc->hwc", masks, colours)
+    painted = np.einsum("khw,kc->hwc", masks, slot_colours(len(masks)))
     grey = image.mean(axis=2, keepdims=True) / 255
     mixed: NDArray[np.float64] = np.clip(0.25 * grey + 0.75 * painted, 0, 1)
     return mixed
+
+
+def slot_colours(slots: int) -> NDArray[np.float64]:
+    """Of each slot, [K, 3] in 0..1; they repeat after ten."""
+    colours: NDArray[np.float64] = mpl.colormaps["tab10"](np.arange(slots) % 10)[:, :3]
+    return colours
 
 
 def confusion_figure(counts: SlotCounts) -> Figure:
