@@ -10,7 +10,7 @@ from matplotlib.image import imsave
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from orchestration.pictures import overlay, scene_figure
-from orchestration.registry import load
+from orchestration.registry.loading import load
 
 
 class ImageError(Exception):

@@ -12,15 +12,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from orchestration.assembly import Data, build_model, evaluation_batches
-from orchestration.checkpoints import newest_valid, restore
-from orchestration.evaluate import Evaluation, evaluate
+from orchestration.assembly import Data, evaluation_batches
+from orchestration.checkpoints import newest_valid
+from orchestration.evaluate import Evaluation
 from orchestration.pictures import confusion_figure, curves_figure, scene_figure
 from orchestration.recipe import Recipe
-from orchestration.registry import Registered, load, register
+from orchestration.registry.held_out import HeldOut
+from orchestration.registry.loading import load
+from orchestration.registry.promote import Decision
+from orchestration.registry.register import register
+from orchestration.registry.trained import Trained
 from orchestration.run_folder import RunFolder
+from orchestration.terminal import new_progress
 from orchestration.tracking import Tracker
-from pipelines import read_index
 
 PICTURED = 6  # scenes in the picture
 PLOTTED = ("loss/reconstruction", "eval/fg_ari", "slots/kept_mean", "slots/count_error")
@@ -30,23 +34,13 @@ def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, cons
     """Evaluates the newest checkpoint, registers it, loads it back, and shows what it sees."""
     checkpoint = newest_valid(folder.checkpoints)
     assert checkpoint is not None  # training has just finished, or was found finished
-    model = build_model(recipe)
-    restore(checkpoint, model)
-    model.eval()
-
-    held_out, steps = evaluation_batches(recipe, data.eval)
-    with held_out, console.status("evaluating on held-out scenes"):
-        evaluation = evaluate(
-            model,
-            (micro for step in range(steps) for micro in held_out.step(step)),
-            num_slots=recipe.model.num_slots,
-            background_slots=recipe.evaluate.background_slots,
-        )
+    trained, held_out = Trained.of(recipe, checkpoint.weights()), HeldOut(recipe, data.eval)
     images = _first_images(recipe, data)
-    with console.status("registering the model"):
-        digest = read_index(data.eval).digest
-        registered = register(recipe, tracker, model.state_dict(), evaluation, digest, images[:2])
+    with new_progress(console) as progress:
+        scores = held_out.score({"it": trained.finder()}, progress, "evaluating on held-out scenes")["it"]
+        registered = register(recipe, tracker, trained, scores, held_out, images[:2], progress)
         packaged = load(registered.uri, tracker.uri)
+    evaluation = scores.evaluation()
     tracker.summarise({f"final/{name}": value for name, value in evaluation.metrics().items()}, checkpoint.steps)
 
     pictures = folder.path / "pictures"
@@ -71,7 +65,7 @@ def _first_images(recipe: Recipe, data: Data) -> NDArray[np.uint8]:
     return ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()  # [N, H, W, 3]
 
 
-def _table(recipe: Recipe, evaluation: Evaluation, tracker: Tracker, registered: Registered, pictures: Path) -> Table:
+def _table(recipe: Recipe, evaluation: Evaluation, tracker: Tracker, registered: Decision, pictures: Path) -> Table:
     table = Table(title=f"{recipe.name} after {recipe.train.steps} steps", show_header=False, title_justify="left")
     rows: list[tuple[str, Any]] = []
     if evaluation.fg_ari is not None:
@@ -113,7 +107,7 @@ def _counts_line(evaluation: Evaluation) -> str:
     return ", ".join(f"{n}: {mean:.2f}" for n, mean in enumerate(means.tolist()) if mean == mean)
 
 
-def _print_commands(console: Console, tracker: Tracker, registered: Registered) -> None:
+def _print_commands(console: Console, tracker: Tracker, registered: Decision) -> None:
     uri = shlex.quote(tracker.uri)
     programs = os.path.relpath(Path(sys.executable).parent)
     console.print("\nSee the curves:", style="bold")
