@@ -20,9 +20,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from orchestration.checkpoints import DamagedCheckpointError, Points, committed, prune, put_aside
 from orchestration.recipe import Recipe, RecipeError, state_home
-from orchestration.run_folder import RunFolder
+from orchestration.runs.checkpoints import DamagedCheckpointError, Points, committed, prune, put_aside
+from orchestration.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "mlflow.tracking._model_registry.client", "alembic"):
@@ -67,16 +67,17 @@ class Tracker:
 
     def send_committed(self) -> None:
         """Sends the points of new checkpoints, then deletes checkpoints that are no longer needed."""
-        for checkpoint in committed(self._folder.checkpoints):
-            if checkpoint.path.name not in self._sent:
-                try:
-                    points = checkpoint.points()
-                except DamagedCheckpointError as error:
-                    put_aside(checkpoint, error)
-                    continue
-                self.send(points)
-                self._sent.add(checkpoint.path.name)
-        prune(self._folder.checkpoints, self._kept, self._sent)
+        new = [one for one in committed(self._folder.checkpoints) if one.name not in self._sent]
+        for checkpoint in new:
+            try:
+                points = checkpoint.points()
+            except DamagedCheckpointError as error:
+                put_aside(checkpoint, error)
+                continue
+            self.send(points)
+            self._sent.add(checkpoint.name)
+        if new:
+            prune(self._folder.checkpoints, self._kept, self._sent)
 
     def send(self, points: Points) -> None:
         """Sends the points that are new, in the order of their steps."""
@@ -121,7 +122,7 @@ class Tracker:
         params = [Param(key, str(value)) for key, value in flat(recipe.model_dump(mode="json"))]
         for start in range(0, len(params), MOST_PARAMS):
             self.client.log_batch(run_id, params=params[start : start + MOST_PARAMS])
-        tags = [RunTag("slotforge.recipe_digest", recipe.digest()), RunTag("slotforge.folder", str(self._folder.path))]
+        tags = [RunTag("slotforge.recipe_digest", recipe.digest()), RunTag("slotforge.folder", self._folder.url)]
         data = self._folder.facts.get("data", {})
         tags += [RunTag(f"slotforge.data.{name}", digest) for name, digest in data.items()]
         self.client.log_batch(run_id, tags=tags)

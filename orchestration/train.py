@@ -16,7 +16,8 @@ from rich.console import Console
 
 from orchestration.mailbox import TrainingError
 from orchestration.recipe import Recipe, RecipeError, load_recipe, recipe_names
-from orchestration.run_folder import Lease, LeaseHeldError, LeaseLostError, RunFolder
+from orchestration.runs.folder import RunFolder
+from orchestration.runs.lease import Lease, LeaseHeldError, LeaseLostError
 from orchestration.terminal import complain, new_progress
 
 INTERRUPTED = 130
@@ -43,9 +44,9 @@ def run(recipe: Recipe, *, fresh: bool = False, console: Console | None = None) 
 
 def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> None:
     # Heavy imports wait until the recipe is known to be right.
-    from orchestration.checkpoints import newest_valid
     from orchestration.clusters.connection import ray_cluster
     from orchestration.prepare import check_data, data_folders, is_prepared, prepare
+    from orchestration.runs.checkpoints import newest_valid
     from orchestration.show import report
     from orchestration.tracking import Tracker
 
@@ -103,7 +104,7 @@ def main(recipe: str, overrides: list[str], fresh: bool) -> int:
     """Runs a recipe by name; returns the exit code."""
     from mlflow.exceptions import MlflowException
 
-    from orchestration.checkpoints import DamagedCheckpointError
+    from orchestration.runs.checkpoints import DamagedCheckpointError
     from pipelines import DataError
 
     console = Console()

@@ -53,23 +53,6 @@ class RunFolder:
         return self.storage / "checkpoints"
 
     @property
-    def live(self) -> Path:
-        """Values of the newest step, for the terminal."""
-        return self.path / "live.json"
-
-    def failure(self, lease: int) -> Path:
-        """What stopped a driver's ranks for good; each driver looks at its own alone."""
-        return self.path / f"failure-{lease:06d}.json"
-
-    def stop_request(self, lease: int) -> Path:
-        """Made by a driver that wants its ranks to save and stop; gone when they have."""
-        return self.path / f"stop-{lease:06d}"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
     def facts(self) -> dict[str, Any]:
         """run.json: recipe, digests of the data, the MLflow run; empty before the first submission."""
         try:

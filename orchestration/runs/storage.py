@@ -6,14 +6,13 @@ Every file is whole or not there, whatever dies while it is written.
 import contextlib
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import urlsplit
 
+from orchestration.files import partial, write_bytes
 from pipelines.object_stores import SCHEMES
 from pipelines.sources import local_path, shown
 
@@ -137,20 +136,7 @@ class LocalStorage:
         return (self.path / name).open("rb")
 
     def write(self, name: str, *pieces: bytes | memoryview) -> None:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _partial(path.parent) as partial:
-            with partial.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_bytes(self.path / name, *pieces)
 
     def claim(self, name: str, content: bytes) -> str | None:
         """The file system lets one alone make the file, also over NFS, whose listings may be old."""
@@ -180,16 +166,6 @@ class LocalStorage:
 
     def now(self) -> float:
         self.path.mkdir(parents=True, exist_ok=True)
-        with _partial(self.path) as probe:
+        with partial(self.path) as probe:
             probe.touch()
             return probe.stat().st_mtime
-
-
-@contextlib.contextmanager
-def _partial(folder: Path) -> Iterator[Path]:
-    """A name for a file that is not whole, removed if it is still there in the end."""
-    path = folder / f".{secrets.token_hex(4)}.partial"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)

@@ -8,10 +8,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from orchestration.assembly import build_model
-from orchestration.checkpoints import Points, Saver, committed, new_token
 from orchestration.engine import PlainEngine
 from orchestration.recipe import Recipe, RecipeError, parse_recipe
-from orchestration.run_folder import RunFolder
+from orchestration.runs.checkpoints import Points, committed
+from orchestration.runs.folder import RunFolder
+from orchestration.runs.saver import Saver, new_token
 from orchestration.tracking import Tracker, tracking_uri
 
 
@@ -36,7 +37,7 @@ def read_back(tracker: Tracker, name: str) -> list[tuple[int, float]]:
 def commit(recipe: Recipe, folder: RunFolder, steps: int, made: Points) -> None:
     saver = Saver(folder.checkpoints, new_token(), 0, 1, allowed=lambda: None)
     saver.save(steps, PlainEngine(build_model(recipe)), made, {"steps": steps})
-    saver.wait()
+    saver.wait(must=True)
 
 
 def test_points_of_committed_checkpoints_arrive_once_through_restarts_and_redone_steps(
@@ -95,7 +96,7 @@ def test_checkpoints_that_are_committed_while_points_are_sent_are_not_lost(
 def test_an_older_checkpoint_that_is_damaged_does_not_stop_the_others(recipe: Recipe, folder: RunFolder) -> None:
     for steps in (4, 8, 12):
         commit(recipe, folder, steps, points(steps - 3, steps + 1))
-    (committed(folder.checkpoints)[1].path / "curve.json").write_text("[]")
+    committed(folder.checkpoints)[1].files.write("curve.json", b"[]")
     tracker = Tracker(recipe, folder)
     tracker.send_committed()
     tracker.send_committed()
