@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orchestration.usage import SlotUsage
 from orchestration.worker import DivergedError, Micro, reconstruction_error
 from slot_models import MetricSums, SlotCounts, SlotOutput, count_confusion, segmentation_metrics
 
@@ -22,11 +23,13 @@ class Evaluation:
         means: by name: reconstruction, the mean squared error over all values; with true masks ari, fg_ari, mbo, miou
             and corloc, those of objects over the images that have any.
         counts: kept slots against objects; None where the numbers of objects are unknown.
+        usage: of the slots; None where it was not summed.
     """
 
     images: int
     means: Mapping[str, float]
     counts: SlotCounts | None
+    usage: SlotUsage | None = None
 
     @property
     def reconstruction(self) -> float:
@@ -36,6 +39,16 @@ class Evaluation:
     def fg_ari(self) -> float | None:
         """None without true masks."""
         return self.means.get("fg_ari")
+
+    def collapses(self) -> list[str]:
+        """What has gone wrong with the slots, a sentence each; see SlotUsage."""
+        if self.usage is None:
+            return []
+        if self.counts is None:
+            return self.usage.collapses(None)
+        images = self.counts.confusion.sum(dim=0)  # by objects
+        objects = float((images * torch.arange(len(images))).sum() / images.sum())
+        return self.usage.collapses(objects + self.counts.background_slots)
 
     def metrics(self) -> dict[str, float]:
         """By their names in MLflow, without the group eval/."""
@@ -84,6 +97,7 @@ def evaluate(
     background_slots: int,
     device: torch.device | str = "cpu",
     total: Callable[[Tensor], Tensor] = lambda values: values,
+    look: Callable[[Micro, SlotOutput], None] = lambda micro, output: None,
 ) -> Evaluation:
     """Evaluates a model on this rank's samples and adds up over ranks.
 
@@ -91,12 +105,14 @@ def evaluate(
         forward: images [m, 3, H, W] -> SlotOutput, without noise: deterministic, and independent of the batch.
         micro_batches: with masks where there are any; padding has weight 0.
         total: the sum of a tensor over ranks.
+        look: is shown every micro batch and what the model makes of it.
 
     Raises:
         DivergedError: a mask or an error is not finite.
     """
     errors, segmentation = MetricSums.zeros(("reconstruction",)), MetricSums.zeros(SEGMENTATION)
     confusion = torch.zeros(num_slots + 1, MOST_OBJECTS + 1, dtype=torch.float64)
+    usage = SlotUsage.zeros(num_slots)
     for micro in micro_batches:
         micro = micro.to(torch.device(device))
         output = forward(micro.images)
@@ -107,15 +123,19 @@ def evaluate(
         if found:
             segmentation += MetricSums.from_batch(found, real)
         confusion += count_confusion(kept_slots(output)[real], micro.num_objects[real], num_slots, MOST_OBJECTS).cpu()
-    everything = total(torch.cat([errors.tensor(), segmentation.tensor(), confusion.flatten()]))
-    first, second = 2, 2 + 2 * len(SEGMENTATION)
-    errors = MetricSums.from_tensor(errors.names, everything[:first])
-    segmentation = MetricSums.from_tensor(SEGMENTATION, everything[first:second])
-    confusion = everything[second:].view_as(confusion)
+        usage += SlotUsage.from_tensor(num_slots, SlotUsage.of(output, real).tensor().cpu())
+        look(micro, output)
+    mine = [errors.tensor(), segmentation.tensor(), usage.tensor(), confusion.flatten()]
+    sums = total(torch.cat(mine)).split([len(part) for part in mine])
+    errors = MetricSums.from_tensor(errors.names, sums[0])
+    segmentation = MetricSums.from_tensor(SEGMENTATION, sums[1])
+    usage = SlotUsage.from_tensor(num_slots, sums[2])
+    confusion = sums[3].view_as(confusion)
     return Evaluation(
         images=int(errors.count.sum()),
         means=errors.means() | segmentation.means(),
         counts=SlotCounts(_trimmed(confusion), background_slots) if confusion.sum() else None,
+        usage=usage,
     )
 
 
