@@ -1,7 +1,9 @@
 """How fast samples come, side by side on the same shards: python benchmarks/data.py [--write]
 
     read            the shards' bytes through the page cache, one process
-    decode          samples held in memory, decoded by each process on its own, by the stream's decoder: the ceiling
+    decode          samples held in memory, decoded by each process on its own, by the stream's decoder, into the rows
+                    of a batch: the ceiling, whose pixels stay uint8 and where they are
+    convert         one loop that decodes a batch like that and turns it into float32, as a model on a CPU takes it
     stream          pipelines.stream: plan, windows, decode workers, micro batches in order
     webdataset      a DataLoader over webdataset with a shuffle buffer of as many samples as the stream's windows hold
     mosaic          a DataLoader over MosaicML Streaming, where it is installed; its own format, written first
@@ -17,13 +19,17 @@ The last two pin other versions of what slotforge uses: put them beside it with
 
     pip install --no-deps mosaicml-streaming litdata lightning-utilities obstore tifffile brotli zstd python-snappy \\
         cramjam xxhash catalogue torchvision transformers huggingface_hub tokenizers
+
+Beside a CPU build of torch the torchvision on PyPI does not load: mosaic then wants a folder on PYTHONPATH with an
+empty torchvision in it.
 """
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
-import importlib.util
 import io
+import mmap
 import multiprocessing
 import os
 import platform
@@ -41,6 +47,7 @@ import torch
 from PIL import Image
 
 from pipelines import Plan, read_index, write_index, write_shard
+from pipelines.decoding.memory import Layout
 from pipelines.samples import decode
 from pipelines.stream import Stream
 from pipelines.transforms import to_model
@@ -48,6 +55,14 @@ from pipelines.transforms import to_model
 SHARDS, PER_SHARD, BATCH, LANES, WINDOW, WARM = 24, 250, 64, 8, 2, 8
 BENCHMARKS = Path(__file__).parents[1] / "BENCHMARKS.md"
 BEGIN, END = "<!-- data -->", "<!-- /data -->"
+PACKAGES = {"mosaic": "streaming", "litdata": "litdata"}
+
+NOTES = """\
+`decode` is the ceiling: what as many processes decode that do nothing else. A reader's rate beside it says what its own
+work costs where this process has a core to itself, and the last column what an image costs on all cores together, to be
+held against `convert`, the least that a model on a CPU pays. To a GPU the stream sends uint8 and converts there.
+`decode`, `convert` and `stream` decode with simplejpeg and imagecodecs, the others with Pillow, which is what they come
+with: part of the lead is the codec."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +118,32 @@ def read(folder: Path) -> Turn:
     return Turn(SHARDS * PER_SHARD, time.perf_counter() - start, time.process_time() - busy, 0.0)
 
 
+def batches_in_memory(images: list[bytes], format: str) -> Iterator[np.ndarray]:
+    """Batches decoded by the stream's decoder into memory as the stream has it, uint8 [G, H, W, 3]."""
+    height, width, _ = decode({f"image.{format}": images[0]}, with_masks=False).image.shape
+    layout = Layout(BATCH, (height, width), with_masks=False)
+    rows, _ = layout.views(mmap.mmap(-1, layout.bytes))
+    for first in range(0, len(images), BATCH):
+        batch = images[first : first + BATCH]
+        for image, row in zip(batch, rows, strict=False):
+            decode({f"image.{format}": image}, with_masks=False, out=row)
+        yield rows[: len(batch)]
+
+
 def _decode(images: list[bytes], format: str, barrier: Any, results: Any) -> None:
-    out = np.empty_like(decode({f"image.{format}": images[0]}, with_masks=False).image)
     barrier.wait()
     start, busy = time.perf_counter(), time.process_time()
-    for image in images:
-        decode({f"image.{format}": image}, with_masks=False, out=out)
+    for _ in batches_in_memory(images, format):
+        pass
     results.put((time.perf_counter() - start, time.process_time() - busy))
+
+
+def convert(images: list[bytes], format: str) -> Turn:
+    memory = to_model(np.zeros_like(next(batches_in_memory(images, format)))).numpy()
+    start, busy = time.perf_counter(), time.process_time()
+    for batch in batches_in_memory(images, format):
+        to_model(batch, memory[: len(batch)])
+    return Turn(len(images), time.perf_counter() - start, time.process_time() - busy, 0.0)
 
 
 def decode_only(images: list[bytes], format: str, processes: int) -> Turn:
@@ -221,11 +255,16 @@ def measured(format: str, side: int, processes: int, repeats: int) -> tuple[dict
         readers: dict[str, Callable[[], Turn]] = {
             "read": lambda: read(folder),
             "decode": lambda: decode_only(images, format, processes),
+            "convert": lambda: convert(images, format),
             "stream": lambda: stream(folder, processes),
             "webdataset": lambda: webdataset(folder, processes),
         }
-        for reader, package in ((mosaic, "streaming"), (litdata, "litdata")):
-            if importlib.util.find_spec(package):
+        for reader in (mosaic, litdata):
+            try:
+                importlib.import_module(PACKAGES[reader.__name__])
+            except (ImportError, RuntimeError) as error:  # torchvision raises the latter
+                print(f"{reader.__name__} is left out: {error}", flush=True)
+            else:
                 readers[reader.__name__] = lambda reader=reader: reader(folder, images, format, processes)
         turns: dict[str, list[Turn]] = {reader: [] for reader in readers}
         for _ in range(repeats):
@@ -237,11 +276,10 @@ def measured(format: str, side: int, processes: int, repeats: int) -> tuple[dict
 def table(turns: dict[str, list[Turn]], title: str) -> str:
     """A table of one format in Markdown."""
     ceiling = statistics.median(turn.images / turn.wall for turn in turns["decode"])
-    cost = statistics.median(turn.workers / turn.images for turn in turns["decode"])
     lines = [
         title,
         "",
-        "| reader | images/s (spread) | of ceiling | workers' CPU us an image | this process's | decoding's share |",
+        "| reader | images/s (spread) | of the ceiling | CPU us an image: processes | this process | in all |",
         "|---|---|---|---|---|---|",
     ]
     for reader, taken in turns.items():
@@ -249,11 +287,10 @@ def table(turns: dict[str, list[Turn]], title: str) -> str:
         ours, workers = (
             statistics.median(getattr(turn, name) / turn.images for turn in taken) for name in ("ours", "workers")
         )
-        of_ceiling = "" if reader == "read" else f"{statistics.median(rates) / ceiling:.0%}"
-        share = f"{cost / workers:.0%}" if reader == "stream" and workers else ""
+        of_ceiling = "" if reader in ("read", "convert") else f"{statistics.median(rates) / ceiling:.0%}"
         lines.append(
             f"| {reader} | {statistics.median(rates):.0f} ({rates[0]:.0f} to {rates[-1]:.0f}) | {of_ceiling} | "
-            f"{1e6 * workers:.0f} | {1e6 * ours:.0f} | {share} |"
+            f"{1e6 * workers:.0f} | {1e6 * ours:.0f} | {1e6 * (ours + workers):.0f} |"
         )
     return "\n".join(lines)
 
@@ -294,14 +331,15 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = [
         "## Samples a second",
-        f"    python benchmarks/data.py --processes {options.processes} --repeats {options.repeats}",
-        f"{options.side}x{options.side}, {options.processes} processes, {SHARDS * PER_SHARD} images, "
+        f"    OMP_NUM_THREADS=1 python benchmarks/data.py --processes {options.processes} --repeats {options.repeats}",
+        f"{options.side}x{options.side}, {options.processes} decoding process(es), {SHARDS * PER_SHARD} images, "
         f"batches of {BATCH}, the median of {options.repeats}. {machine()}; {versions()}.",
     ]
     for format in options.format or ("jpg", "png"):
         turns, size = measured(format, options.side, options.processes, options.repeats)
         parts.append(table(turns, f"{format.upper()}, {size} bytes an image:"))
         print(parts[-1], flush=True)
+    parts.append(NOTES)
     if options.write:
         write("\n\n".join(parts))
 

@@ -4,6 +4,7 @@ Everything here is a pure function; what is random takes its noise as an argumen
 tensors needs torch, and imports it itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -188,11 +189,12 @@ def to_model(pixels: NDArray[np.uint8], memory: NDArray[np.float32] | None = Non
     import torch
 
     images = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32) if memory is None else memory
-    turned = np.empty(images.shape[1:], dtype=np.uint8)
+    scaled = np.empty((math.prod(images.shape[2:]), 3), dtype=np.float32)  # [H * W, 3]
     for image, channels in zip(pixels, images, strict=True):  # image by image, while it is in the cache
-        np.copyto(turned, image.transpose(2, 0, 1))  # [3, H, W]
-        np.divide(turned, np.float32(127.5), out=channels)
-        np.subtract(channels, np.float32(1), out=channels)
+        np.copyto(scaled, image.reshape(scaled.shape))
+        np.divide(scaled, np.float32(127.5), out=scaled)
+        np.subtract(scaled, np.float32(1), out=scaled)
+        np.copyto(channels.reshape(3, -1), scaled.T)
     return torch.from_numpy(images)
 
 

@@ -327,7 +327,7 @@ def test_a_decode_worker_that_dies_or_stalls_is_replaced(folder: Path, blow: sig
 
 def test_workers_that_keep_dying_stop_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(read_local(folder))
-    monkeypatch.setattr("pipelines.decoding._PROGRAM", "raise SystemExit(5)")
+    monkeypatch.setattr("pipelines.decoding.processes.PROGRAM", "raise SystemExit(5)")
     stream = Stream(plan, folder, rank=0, world=1, micro_batch=3, seed=9, noise={}, decode_workers=1)
     with stream, pytest.raises(DataError, match=r"decode worker \d+ ended with 5 .*decode_workers: 0"):
         stream.step(0)
