@@ -1,6 +1,6 @@
 """Held-out evaluation: while training, on all ranks and in the run's precision, and at the end, in fp32."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from slot_models import MetricSums, SlotCounts, SlotOutput, count_confusion, seg
 
 MOST_OBJECTS = 255  # masks are 8-bit ids
 SEGMENTATION = ("ari", "fg_ari", "mbo", "miou", "corloc")
+LESS_IS_BETTER = {"reconstruction", "count_error"}
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class Evaluation:
         return metrics
 
 
-def yardstick(metrics: Mapping[str, float]) -> tuple[str, int]:
-    """The metric by which models are compared, and its sign: the highest fg_ari; without masks, the lowest error."""
-    return ("fg_ari", 1) if "fg_ari" in metrics else ("reconstruction", -1)
+def yardstick(metrics: Container[str], wished: str | None = None) -> tuple[str, int]:
+    """The metric by which models are compared, and its sign: the one that is wished for, or the highest fg_ari, or,
+    without true masks, the lowest reconstruction error."""
+    metric = wished or ("fg_ari" if "fg_ari" in metrics else "reconstruction")
+    return metric, -1 if metric in LESS_IS_BETTER else 1
 
 
 def image_metrics(output: SlotOutput, masks: Tensor | None) -> dict[str, Tensor]:
@@ -126,7 +129,7 @@ def evaluate(
         usage += SlotUsage.from_tensor(num_slots, SlotUsage.of(output, real).tensor().cpu())
         look(micro, output)
     mine = [errors.tensor(), segmentation.tensor(), usage.tensor(), confusion.flatten()]
-    sums = total(torch.cat(mine)).split([len(part) for part in mine])
+    sums = torch.split(total(torch.cat(mine)), [len(part) for part in mine])
     errors = MetricSums.from_tensor(errors.names, sums[0])
     segmentation = MetricSums.from_tensor(SEGMENTATION, sums[1])
     usage = SlotUsage.from_tensor(num_slots, sums[2])

@@ -51,7 +51,7 @@ class Tracker:
         with _one_at_a_time(self.uri):
             self.client = MlflowClient(self.uri, registry_uri=self.uri)
         self._folder = folder
-        self._kept = recipe.train.checkpoints_kept
+        self._kept, self._metric = recipe.train.checkpoints_kept, recipe.registry.metric
         known = folder.facts.get("mlflow", {})
         if known.get("uri") == self.uri and self._exists(known["run"]):
             self.run_id: str = known["run"]
@@ -77,7 +77,7 @@ class Tracker:
             self.send(points)
             self._sent.add(checkpoint.name)
         if new:
-            prune(self._folder.checkpoints, self._kept, self._sent)
+            prune(self._folder.checkpoints, self._kept, self._sent, self._metric)
 
     def send(self, points: Points) -> None:
         """Sends the points that are new, in the order of their steps."""

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from orchestration.evaluate import yardstick
 from orchestration.recipe import RegistrySection
 from orchestration.scores import Scores, difference_bound
-
-LESS_IS_BETTER = {"reconstruction", "count_error"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def judge(
     if not np.array_equal(candidate.objects, champion.objects):
         raise ValueError("champion: its scores are of other images than the candidate's; score both on one set")
     ours, theirs = candidate.per_image(), champion.per_image()
-    metric = gate.metric or ("fg_ari" if "fg_ari" in ours else "reconstruction")
+    metric, sign = yardstick(ours, gate.metric)
     if metric not in ours or np.isnan(ours[metric]).all():
         return Verdict(False, f"registry.metric: the held-out set does not tell {metric}; name another or add masks")
     if metric == "reconstruction" and not same_target:
@@ -78,7 +77,6 @@ def judge(
         return Verdict(
             False, f"data.eval: {len(mine)} held-out images are too few to compare by {metric}; hold out more"
         )
-    sign = -1 if metric in LESS_IS_BETTER else 1
     difference, bound = difference_bound(sign * mine, sign * yours, gate.confidence)
     found = Comparison(metric, len(mine), float(mine.mean()), float(yours.mean()), difference, bound)
     reason = (

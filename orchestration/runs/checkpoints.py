@@ -172,16 +172,19 @@ def newest_valid(folder: Storage) -> Checkpoint | None:
     return None
 
 
-def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+def best(checkpoints: Sequence[Checkpoint], metric: str | None = None) -> Checkpoint | None:
     """The one that does best on the held-out set, by the registry's measure; the newest of equals.
 
     None where no checkpoint was taken at a step of an evaluation.
+
+    Args:
+        metric: ``registry.metric`` of the recipe.
     """
     scored = []
     for checkpoint in checkpoints:
         with contextlib.suppress(DamagedCheckpointError):  # whoever uses it says so
-            if checkpoint.evaluation:
-                measure, sign = yardstick(checkpoint.evaluation)
+            measure, sign = yardstick(checkpoint.evaluation, metric)
+            if measure in checkpoint.evaluation:
                 scored.append((sign * checkpoint.evaluation[measure], checkpoint.steps, checkpoint))
     known = [entry for entry in scored if entry[0] == entry[0]]  # not NaN
     return max(known, key=lambda entry: entry[:2], default=(0.0, 0, None))[2]
@@ -194,14 +197,15 @@ def put_aside(checkpoint: Checkpoint, error: DamagedCheckpointError) -> None:
     logger.warning("damaged checkpoint: %s; using the one before, this one is now %s", error, aside)
 
 
-def prune(folder: Storage, keep: int, sent: Container[str]) -> None:
+def prune(folder: Storage, keep: int, sent: Container[str], metric: str | None = None) -> None:
     """Deletes all but the newest ``keep`` checkpoints and the best one, and what older attempts left uncommitted.
 
     Args:
         sent: names of the checkpoints whose points have arrived; the others stay, however old.
+        metric: that says which is best; see ``best``.
     """
     checkpoints = committed(folder)
-    kept = {checkpoint.name for checkpoint in [*checkpoints[-keep:], best(checkpoints)] if checkpoint}
+    kept = {checkpoint.name for checkpoint in [*checkpoints[-keep:], best(checkpoints, metric)] if checkpoint}
     for checkpoint in checkpoints:
         if checkpoint.name not in kept and checkpoint.name in sent:
             discard(folder, checkpoint.name)

@@ -213,6 +213,18 @@ def test_pruning_keeps_the_best(storage: Storage, measured: dict[int, float | No
         assert [checkpoint.steps for checkpoint in committed(folder)] == [6]
 
 
+def test_the_best_is_by_the_metric_that_the_registry_goes_by(storage: Storage) -> None:
+    for steps, error in ((1, 0.5), (2, 0.1), (3, 0.3)):
+        evaluated(storage, steps, {"fg_ari": error, "reconstruction": steps, "count_error": error, "miou": -error})
+    found = {metric: best(committed(storage), metric) for metric in (None, "count_error", "miou", "unknown")}
+    assert {metric: one and one.steps for metric, one in found.items()} == {
+        None: 1,
+        "count_error": 2,
+        "miou": 2,
+        "unknown": None,
+    }
+
+
 def test_nothing_in_a_checkpoint_is_executable(made: Storage) -> None:
     for file in made.files():
         assert file.name.endswith((".json", ".safetensors"))
