@@ -10,7 +10,8 @@ from rich.progress import Progress, TaskID
 from orchestration.assembly import Data, sources_of, training_stream
 from orchestration.data_section import ScenesSection, SetSection
 from orchestration.recipe import Recipe, RecipeError, state_home
-from orchestration.run_folder import Lease, LeaseHeldError, RunFolder
+from orchestration.runs.folder import RunFolder
+from orchestration.runs.lease import Lease, LeaseHeldError
 from orchestration.shards.work import over_ray, rendered, scene_set, shard_sizes
 from pipelines import DataError, Index, WeightedSet, read_index
 from pipelines.scenes import Renderer

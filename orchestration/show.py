@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestration.assembly import Data, evaluation_batches
-from orchestration.checkpoints import newest_valid
 from orchestration.evaluate import Evaluation
 from orchestration.pictures import confusion_figure, curves_figure, scene_figure
 from orchestration.recipe import Recipe
@@ -22,7 +21,8 @@ from orchestration.registry.loading import load
 from orchestration.registry.promote import Decision
 from orchestration.registry.register import register
 from orchestration.registry.trained import Trained
-from orchestration.run_folder import RunFolder
+from orchestration.runs.checkpoints import newest_valid
+from orchestration.runs.folder import RunFolder
 from orchestration.terminal import new_progress
 from orchestration.tracking import Tracker
 
@@ -44,7 +44,7 @@ def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, cons
     tracker.summarise({f"final/{name}": value for name, value in evaluation.metrics().items()}, checkpoint.steps)
 
     pictures = folder.path / "pictures"
-    pictures.mkdir(exist_ok=True)
+    pictures.mkdir(parents=True, exist_ok=True)
     figures = {"scenes.png": scene_figure(images, packaged.run(images))}
     if evaluation.counts is not None:
         figures["counts.png"] = confusion_figure(evaluation.counts)

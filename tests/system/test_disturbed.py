@@ -6,7 +6,8 @@ from pathlib import Path
 
 from runs import RECIPE, Run, kill_everything, wait, workers
 
-from orchestration.run_folder import Lease, RunFolder
+from orchestration.runs.folder import RunFolder
+from orchestration.runs.lease import Lease
 
 STEPS = RECIPE["train"]["steps"]
 
