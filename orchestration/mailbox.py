@@ -121,8 +121,12 @@ class Mailbox:
         return self._news.micro_batch
 
     def mark(self, name: str, when: float) -> None:
-        """A moment on the way from a fault to the next step; see orchestration.recovery."""
-        self._marks[name] = when
+        """A moment on the way from a fault to the next step; see orchestration.recovery.
+
+        Where a restart takes several tries, the fault is the first one, and the rest is of the try that succeeds.
+        """
+        if name != "detected" or name not in self._marks:
+            self._marks[name] = when
 
     def marks(self) -> dict[str, float]:
         """The moments of the last restart; the next one starts anew."""

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,11 +85,18 @@ class Nodes:
 
     def _start(self, name: str, arguments: list[str]) -> Node:
         log = (self.home / f"{name}.log").open("wb")
-        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", *arguments]
+        command = [
+            RAY,
+            "start",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            "--object-store-memory=100000000",
+            *arguments,
+        ]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | self.environment
         del environment["RAY_ADDRESS"]
         process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         wait(lambda: process.poll() is not None or b"--block" in (self.home / f"{name}.log").read_bytes())
         assert process.poll() is None, (self.home / f"{name}.log").read_text()

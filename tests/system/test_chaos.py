@@ -1,0 +1,136 @@
+"""Whatever happens to workers, nodes, driver and disk, the curve is that of an undisturbed run."""
+
+import os
+import re
+import resource
+import signal
+import statistics
+from pathlib import Path
+
+import ledgers
+import psutil
+import pytest
+from nodes import Nodes
+from runs import RECIPE, Run, wait, workers
+
+STEPS = RECIPE["train"]["steps"]
+pytestmark = pytest.mark.slow
+
+
+def whole_curve(run: Run, twin: Run) -> None:
+    """Every metric of the twin, each step once."""
+    ours, theirs = run.curves(), twin.curves()
+    assert ours.keys() == theirs.keys()
+    for name, points in theirs.items():
+        assert [step for step, _ in ours[name]] == [step for step, _ in points], name
+
+
+def read_as_planned(run: Run, ledger: Path) -> None:
+    recipe = str(run.home / "chain.yaml")
+    (train,) = run.home.glob("data/*/train")
+    ledgers.check(ledger, recipe, list(run.changes), train)
+
+
+def test_at_one_size_the_curve_is_the_twins_bit_for_bit(twin: tuple[Run, str], tmp_path: Path) -> None:
+    undisturbed, _ = twin
+    ledger = tmp_path / "ledger"
+    run = Run(undisturbed.home, "chaos", (f"data.ledger={ledger}",))
+
+    def on(steps: int) -> None:
+        """So many steps further than now, by the ledger."""
+        goal = ledgers.newest_step(ledger) + steps
+        assert goal < STEPS, "this came too late to test anything"
+        wait(lambda: ledgers.newest_step(ledger) >= goal or driver.poll() is not None)
+        assert driver.poll() is None, driver.communicate()[0]
+
+    # kill -9 of both workers at once
+    driver = run.start()
+    run.wait_for_step(60, driver)
+    for victim in workers(driver):
+        victim.kill()
+    on(60)
+
+    # the disk is full for a rank: training goes on, and saves again when there is room
+    saved = run.newest_step()
+    victim = workers(driver)[1]
+    victim.rlimit(psutil.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    on(70)
+    assert run.newest_step() <= saved + 60, "the full disk stopped no checkpoint"
+    victim.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run.wait_for_step(saved + 90, driver)
+
+    # a paused rank: neither works nor ends
+    os.kill(workers(driver)[0].pid, signal.SIGSTOP)
+    frozen = run.newest_step()
+    run.wait_for_step(frozen + 60, driver)
+
+    # SIGTERM to the driver, as `ray job stop` sends it: it saves first
+    before = run.newest_step()
+    driver.send_signal(signal.SIGTERM)
+    code, output = run.finish(driver)
+    assert code == 130, output
+    assert "node" not in re.findall(r"slotforge: (.*)", output)[0]
+    assert run.newest_step() > before
+    assert f"the newest checkpoint is of step {run.newest_step()}" in output
+    assert output.count("back after ") == 2, output
+
+    # one bit of the newest checkpoint is wrong
+    newest = max(run.folder.glob("checkpoints/[0-9]*/manifest.json")).parent
+    part = newest / "part-00000.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    code, output = run.finish(run.start())
+    assert code == 0, output
+    assert (newest.parent / f"damaged-{newest.name}").exists()
+
+    whole_curve(run, undisturbed)
+    ours, theirs = run.curves(), undisturbed.curves()
+    for name, points in theirs.items():
+        assert ours[name] == points, name
+    read_as_planned(run, ledger)
+
+
+def test_nodes_come_and_go(twin: tuple[Run, str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    undisturbed, _ = twin
+    ledger = tmp_path_factory.mktemp("ledger")
+    with Nodes(Path(f"/tmp/slotforge-nodes-{os.getpid()}")) as cluster:
+        cluster.add("first")
+        changes = ("parallel.workers={min: 1, max: 2}", f"data.ledger={ledger}")
+        run = Run(undisturbed.home, "nodes", changes, cluster.environment)
+        driver = run.start()
+        run.wait_for_step(60, driver)
+
+        # a node joins: training saves, and goes on with two workers
+        cluster.add("second")
+        wait(lambda: len(ledgers.attempts(ledger)) == 2 or driver.poll() is not None)
+        run.wait_for_step(run.newest_step() + 60, driver)
+
+        # a node is about to go: training saves, and goes on without it
+        cluster.drain("first", seconds=60)
+        wait(lambda: len(ledgers.attempts(ledger)) == 3 or driver.poll() is not None)
+        run.wait_for_step(run.newest_step() + 30, driver)
+
+        # a node dies without a word, after another has come
+        third = cluster.add("third")
+        wait(lambda: len(ledgers.attempts(ledger)) == 4 or driver.poll() is not None)
+        run.wait_for_step(run.newest_step() + 30, driver)
+        third.kill()
+        code, output = run.finish(driver)
+    assert code == 0, output
+
+    first, second, third_, fourth, *more = ledgers.attempts(ledger)
+    assert more, output
+    assert [one.last + 1 for one in (first, second, third_)] == [one.start for one in (second, third_, fourth)], (
+        "a planned restart has lost a step"
+    )
+    assert fourth.last + 1 > more[0].start, "the killed node cost nothing: it was not in use"
+    assert [value for _, value in run.points("train/world_size")][-1] == 1
+    assert {1.0, 2.0} == {value for _, value in run.points("train/world_size")}
+
+    whole_curve(run, undisturbed)
+    ours, theirs = run.curves(), undisturbed.curves()
+    away = [abs(a - b) / b for (_, a), (_, b) in zip(ours["loss/total"], theirs["loss/total"], strict=True)]
+    assert max(away[:6]) < 1e-4, away[:6]  # 60 steps of other sums
+    assert statistics.median(away) < 0.05, away
+    read_as_planned(run, ledger)
