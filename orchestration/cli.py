@@ -9,6 +9,7 @@ from orchestration.command_line import Overrides, RecipeName, console, fail
 from orchestration.recipe import RecipeError, load_recipe
 from orchestration.serving.cli import predict, serve
 from orchestration.shards.cli import shards
+from orchestration.submission.cli import submit
 
 app = typer.Typer(
     help="Train object-centric models with adaptive slots: shards in, a registered model out.",
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(shards, name="shards")
 app.add_typer(cluster, name="cluster")
+app.command(epilog="For example: slotforge submit demo --address http://localhost:8265 --retries 3")(submit)
 app.command(epilog="For example: slotforge predict photo.jpg --model models:/slotforge-demo@champion")(predict)
 app.command(epilog="For example: slotforge serve --model models:/slotforge-demo@champion --port 8000")(serve)
 

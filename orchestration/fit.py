@@ -14,14 +14,14 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from rich.progress import Progress
 
 from orchestration.assembly import Data
-from orchestration.checkpoints import committed
-from orchestration.clusters.connection import cpus_per_worker, use_gpu
+from orchestration.clusters.capacity import cpus_per_worker, use_gpu
 from orchestration.elastic import Backend, Trainer
 from orchestration.files import write_json
 from orchestration.mailbox import STOP_SECONDS, News, TrainingError, open_mailbox
 from orchestration.rank import FINAL_ERRORS, train_rank
 from orchestration.recipe import Recipe, state_home
-from orchestration.run_folder import RunFolder
+from orchestration.runs.checkpoints import committed
+from orchestration.runs.folder import RunFolder
 from orchestration.tracking import Tracker
 
 POLL_SECONDS = 0.5
@@ -86,7 +86,7 @@ def _trainer(recipe: Recipe, data: Data, folder: RunFolder, lease: int, mailbox:
         final=FINAL_ERRORS,
         train_loop_config={
             "recipe": json.dumps(recipe.model_dump(mode="json")),
-            "folder": str(folder.path),
+            "folder": folder.url,
             "train": str(data.train),
             "eval": str(data.eval),
             "lease": lease,
@@ -166,7 +166,7 @@ class _Watch:
         """Sends what is committed, if it can: an MLflow that does not answer costs a warning, and the points wait."""
         try:
             self._tracker.send_committed()
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:  # or the storage of the run
             if not self._outage:
                 self._say(f"MLflow does not take points now, they wait: {error}", "yellow")
             self._outage = True

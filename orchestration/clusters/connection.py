@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestration.recipe import Recipe, state_home
+from orchestration.recipe import state_home
 
 
 @contextmanager
@@ -56,23 +56,3 @@ def token_file(path: Path) -> Path:
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
     return path
-
-
-def cpus_per_worker(recipe: Recipe) -> int:
-    """An equal part of the cluster's cores for each worker: at least one, at most what a node has."""
-    import ray
-
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
-    return max(1, min(int(_resources().get("CPU", 1)) // recipe.parallel.workers.max, int(largest)))
-
-
-def use_gpu(recipe: Recipe) -> bool:
-    """The recipe's device; auto is a GPU where the cluster has any now."""
-    device = recipe.parallel.device
-    return device == "gpu" or (device == "auto" and _resources().get("GPU", 0) > 0)
-
-
-def _resources() -> dict[str, float]:
-    import ray
-
-    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]

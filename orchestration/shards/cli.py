@@ -204,12 +204,11 @@ def _spread(local: bool) -> Iterator[tuple["Spread", int]]:
     if local:
         yield in_process, 1
         return
+    from orchestration.clusters.capacity import cluster_capacity
     from orchestration.clusters.connection import ray_cluster
 
     with ray_cluster(workers=2):  # at least
-        import ray
-
-        yield over_ray, min(_MOST_READERS, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+        yield over_ray, max(1, min(_MOST_READERS, int(cluster_capacity().cpus)))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from rich.progress import Progress, TaskID
 
+from orchestration.clusters.capacity import cluster_capacity
 from pipelines import DataError, Index, Shard, write_index
 from pipelines.ingest import Ingest, Ingested, Piece, Written
 from pipelines.ingest.job import SETS
@@ -31,7 +32,8 @@ def over_ray(function: Callable[..., Iterable[Any]], calls: Sequence[tuple[Any, 
 
     task = ray.remote(num_cpus=1, num_returns="streaming")(function)
     waiting = list(enumerate(calls))[::-1]
-    ahead = 2 * max(1, int(_cpus()))  # arguments of calls that nobody can run yet stay here, not in Ray's memory
+    # Arguments of calls that nobody can run yet stay here, not in Ray's memory.
+    ahead = 2 * max(1, int(cluster_capacity().cpus))
     running: dict[Any, int] = {}  # by the generator of a call's results
     while waiting or running:
         while waiting and len(running) < ahead:
@@ -215,9 +217,3 @@ def _verify_one(
     folder: Path, shard: Shard, size: tuple[int, int] | None, expected: frozenset[str] | None
 ) -> Iterator[list[str]]:
     yield verify_shard(folder, shard, size, expected)
-
-
-def _cpus() -> float:
-    import ray
-
-    return float(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]

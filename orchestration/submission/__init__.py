@@ -1,0 +1,1 @@
+"""A run on a cluster, from here: what is packed for it, the job, its log, its fate."""
