@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines import codecs
+from pipelines.ingest.picture import Framing, Picture
 
 Pixels = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG")
@@ -72,22 +73,18 @@ def decoded(data: bytes, most_pixels: int) -> Pixels:
     except UnidentifiedImageError:
         raise ImageError("neither a PNG nor a JPEG") from None
     except Image.DecompressionBombError:
-        raise TooLargeError(f"over the limit of {most_pixels} pixels; send it smaller") from None
+        raise TooLargeError(f"its size is over the limit of {most_pixels} pixels; send it smaller") from None
     except Exception as error:  # Pillow raises whatever its codecs stumble over: the bytes are at fault
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
     return pixels if orientation == 1 else _upright(pixels, orientation)
 
 
 def framed(image: Pixels, side: int) -> Framed:
-    """The largest square in the middle, resized smoothly. image: uint8 [H, W, 3]."""
+    """The largest square in the middle, resized smoothly, as `shards ingest --size` does. image: uint8 [H, W, 3]."""
     height, width = image.shape[:2]
     edge = min(height, width)
     left, top = (width - edge) // 2, (height - edge) // 2
-    box = (left, top, left + edge, top + edge)
-    if (height, width) == (side, side):
-        return Framed(image, box)
-    square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box=box)
-    return Framed(np.asarray(square, dtype=np.uint8), box)
+    return Framed(Framing(side)(Picture(image)).image, (left, top, left + edge, top + edge))
 
 
 def from_arrays(values: Any) -> NDArray[np.uint8]:

@@ -62,7 +62,7 @@ def predict_parts(
         override_num_blocks=len(work.missing),
         num_cpus=_READER_CPUS,
     ).map_batches(
-        _Predictor,
+        Predictor,
         fn_constructor_args=(model, out.absolute()),
         batch_size=1,
         batch_format="pyarrow",
@@ -76,7 +76,7 @@ def predict_parts(
         raise (error.cause if isinstance(error.cause, DataError) else error) from None
 
 
-def _rows(source: Source, parts: Sequence[Part], side: int) -> Iterator[pa.Table]:
+def read_parts(source: Source, parts: Sequence[Part], side: int) -> Iterator[pa.Table]:
     """A table of one row for each part of one unit: what is sent from who reads to who predicts."""
     left = list(parts)
     keys: list[str] = []
@@ -118,7 +118,7 @@ def _row(part: Part, keys: list[str], reasons: list[str], pixels: bytes) -> pa.T
     )
 
 
-class _Predictor:
+class Predictor:
     """An actor that holds the model, and writes what it finds."""
 
     def __init__(self, model: ModelName, out: Path) -> None:
@@ -164,4 +164,4 @@ def _datasource(source: Source, units: list[list[Part]], side: int) -> Any:
 
 
 def _reading(source: Source, parts: list[Part], side: int) -> Callable[[], Iterator[pa.Table]]:
-    return lambda: _rows(source, parts, side)
+    return lambda: read_parts(source, parts, side)

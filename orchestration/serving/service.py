@@ -57,7 +57,7 @@ def run(settings: Settings, started: Callable[[str, str], None]) -> None:
             f"--host {settings.host}: anybody who reaches this machine could ask; demand a token with --token-file, "
             "or stay on 127.0.0.1"
         )
-    with listening(settings.host, settings.port) as listener:
+    with bound(settings.host, settings.port) as listener:
         settings = replace(settings, model=settings.model.pinned())
         _stop_by_interrupt()
         try:
@@ -112,8 +112,8 @@ def _stop_by_interrupt() -> None:
         signal.signal(stop, signal.default_int_handler)
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before anything heavy is started.
+def bound(host: str, port: int) -> socket.socket:
+    """A socket with that address, taken before anything heavy is started; nobody is let in yet.
 
     Raises:
         ServeError: the address is taken, or not one of this machine.
