@@ -1,0 +1,57 @@
+"""What is told of a run that has diverged."""
+
+import json
+import tarfile
+
+import pytest
+import torch
+
+from orchestration.assembly import Data, build_model, training_order, training_stream
+from orchestration.curves import Curves
+from orchestration.diagnosis import diagnose
+from orchestration.engine import PlainEngine
+from orchestration.recipe import Recipe
+from orchestration.schedule import Schedule
+from orchestration.worker import DivergedError, StepReport, train
+
+
+def test_a_diagnosis_names_the_step_its_samples_and_what_is_not_finite(recipe: Recipe, data: Data) -> None:
+    model = build_model(recipe)
+    engine = PlainEngine(model)
+    curves = Curves(engine, 1, recipe.model.num_slots)
+
+    def spoil(report: StepReport) -> None:
+        if report.done == 4:  # the fifth step computes with it
+            with torch.no_grad():
+                next(iter(model.parameters())).view(-1)[:3] = torch.nan
+
+    with training_stream(recipe, data.train, model.noise_shapes()) as stream:
+        train(engine, stream, Schedule(recipe.train), hooks=[curves.record, spoil])
+    with pytest.raises(DivergedError) as caught:
+        curves.take()
+
+    order = training_order(recipe, data.train)
+    facts = json.loads(json.dumps(diagnose(caught.value, model, order, data.train), allow_nan=False))
+    assert facts["step"] == 5
+    assert facts["losses"]["5"] == "nan"
+    assert all(isinstance(facts["losses"][step], float) for step in "1234")
+    assert [sample["sample"] for sample in facts["samples"]] == order.batch(4).tolist()
+    for sample in facts["samples"]:
+        with tarfile.open(f"{data.train}/{sample['shard']}") as tar:
+            keys = list(dict.fromkeys(name.partition(".")[0] for name in tar.getnames()))
+        assert sample["key"] == keys[sample["row"]]
+    name, parameter = next(iter(model.named_parameters()))
+    assert facts["weights"][name] == {"norm": "nan", "not_finite": parameter.numel(), "of": parameter.numel()}
+
+
+def test_memory_that_runs_out_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    from orchestration.rank import _is_out_of_memory
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    assert _is_out_of_memory(caught.value)
+    assert _is_out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as other:
+        torch.zeros(2) @ torch.zeros(3)
+    assert not _is_out_of_memory(other.value)

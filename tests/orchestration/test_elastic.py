@@ -1,0 +1,133 @@
+"""What is a failure, and when the workers are asked to leave. The system tests show it on real clusters."""
+
+from typing import Any
+
+import pytest
+
+from orchestration.mailbox import Leaving, Mailbox
+from orchestration.worker import DivergedError
+
+
+class Handle:
+    """An actor's handle whose calls are done at once."""
+
+    def __init__(self, box: Mailbox) -> None:
+        self.box = box
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.box, name)
+        return type("Method", (), {"remote": staticmethod(method)})
+
+
+@pytest.fixture
+def box(monkeypatch: pytest.MonkeyPatch) -> Mailbox:
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    from orchestration import elastic
+
+    monkeypatch.setattr(elastic.ray, "get", lambda value, timeout=None: value)
+    return Mailbox()
+
+
+def restarts(box: Mailbox, limit: int = 2) -> Any:
+    from ray.train.v2.api.config import FailureConfig
+
+    from orchestration.elastic import Restarts
+
+    return Restarts(FailureConfig(max_failures=limit), Handle(box), (DivergedError,))
+
+
+def decide(policy: Any, *errors: Exception) -> str:
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    return str(policy.make_decision(WorkerGroupError("failed", dict(enumerate(errors)))).value)
+
+
+def shown(box: Mailbox, step: int) -> None:
+    box.show({"when": 1.0, "step": step, "loss": 0.0, "kept": 0.0, "images_per_second": 0.0})
+
+
+def test_failures_count_only_while_no_step_comes_between_them(box: Mailbox) -> None:
+    policy = restarts(box)
+    for step in (10, 20, 30, 40):
+        shown(box, step)
+        assert decide(policy, RuntimeError("lost")) == "RETRY"
+    assert decide(policy, RuntimeError("lost")) == "RETRY"
+    assert decide(policy, RuntimeError("lost")) == "RAISE"
+
+
+def test_leaving_as_asked_is_no_failure(box: Mailbox) -> None:
+    policy = restarts(box, limit=0)
+    for _ in range(5):
+        assert decide(policy, Leaving("saved at step 3"), RuntimeError("its peer left")) == "RETRY"
+    assert [text for _, text in box.news().events] == ["workers start anew: saved at step 3"] * 5
+    assert decide(policy, RuntimeError("lost")) == "RAISE"
+
+
+def test_what_a_restart_would_repeat_is_not_tried_again(box: Mailbox) -> None:
+    assert decide(restarts(box), RuntimeError("its peer left"), DivergedError("loss/total: nan")) == "RAISE"
+
+
+def test_a_worker_killed_for_its_memory_comes_back_with_smaller_micro_batches(box: Mailbox) -> None:
+    policy = restarts(box, limit=0)
+    killed = RuntimeError("Task was killed due to the node running low on memory.")
+    for limit in (4, 2, 1):
+        box.attempt(2 * limit)
+        assert decide(policy, killed) == "RETRY"
+        assert box.micro_batch() == limit
+    box.attempt(1)
+    assert decide(policy, killed) == "RAISE"
+
+
+def test_a_resize_is_asked_for_and_not_done(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+    from ray.train.v2.api.config import ScalingConfig
+
+    from orchestration.elastic import SavedResizes
+
+    policy = SavedResizes(ScalingConfig(num_workers=(1, 4)), Handle(box))
+    monkeypatch.setattr(
+        ElasticScalingPolicy,
+        "make_decision_for_running_worker_group",
+        lambda self, **state: ResizeDecision(3, {"CPU": 1}) if state["grown"] else NoopDecision(),
+    )
+    assert isinstance(policy.make_decision_for_running_worker_group(grown=False), NoopDecision)
+    assert box.request() is None
+    assert isinstance(policy.make_decision_for_running_worker_group(grown=True), NoopDecision)
+    assert box.request() == "leave"
+
+
+def test_nodes_that_are_dead_or_about_to_go_have_no_room(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2.api.config import ScalingConfig
+
+    from orchestration import elastic
+
+    policy = elastic.SavedResizes(ScalingConfig(num_workers=(1, 9), resources_per_worker={"CPU": 2}), Handle(box))
+    nodes = [{"NodeID": name, "Alive": name != "dead"} for name in ("good", "dead", "going")]
+    monkeypatch.setattr(elastic.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(elastic.ray._private.state.state, "get_draining_nodes", lambda: {"going": 0})
+    resources = {name: {"CPU": 4.0} for name in ("good", "dead", "going", "unknown")}
+    assert policy._count_possible_workers(resources) == 2
+
+
+def test_the_ranks_are_told_once_of_a_node_that_goes(box: Mailbox) -> None:
+    from ray.train.v2.api.preemption import PreemptionInfo
+
+    from orchestration.elastic import Notices
+
+    notices = Notices(Handle(box), "cpu")
+
+    def poll(*nodes: str) -> None:
+        info = (
+            PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes}) if nodes else None
+        )
+        notices.after_worker_group_poll_status(type("S", (), {"get_preemption_info": staticmethod(lambda: info)}))
+
+    poll()
+    assert box.request() is None
+    poll("a" * 20)
+    assert box.request() == "leave"
+    box.attempt(1)
+    poll("a" * 20)
+    assert box.request() is None
+    poll("a" * 20, "b" * 20)
+    assert box.request() == "leave"
