@@ -9,7 +9,7 @@ export SLOTFORGE_HOME ?= $(CURDIR)/.slotforge
 
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help env dev demo test test-all lint format clean
+.PHONY: help env dev demo test test-all soak lint format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ test: dev ## fast tests, then the short system tests (15 minutes at most)
 
 test-all: dev ## the slow tests (an hour at most)
 	$(BIN)/python -m pytest -m slow tests
+
+soak: dev ## an hour of random kills, and how much of it was training; ARGS="--minutes 10 --seed 1"
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 lint: dev ## ruff and mypy
 	$(BIN)/ruff check .
