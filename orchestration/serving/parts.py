@@ -9,7 +9,6 @@ A part is some images of one shard, in order; how a set is cut into parts follow
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,8 +108,8 @@ def write(out: Path, part: Part, keys: Sequence[str], found: Iterable[Found | st
         found: of each key, or why there is nothing.
     """
     lines: list[dict[str, Any]] = []
-    partial = _tar(out, part).with_name(f".{part.name}.{os.getpid()}.partial")
-    with tarfile.open(partial, "w") as tar:
+    pictures = io.BytesIO()
+    with tarfile.open(fileobj=pictures, mode="w") as tar:
         for key, entry in zip(keys, found, strict=True):
             if isinstance(entry, str):
                 lines.append({"key": key, "error": entry})
@@ -121,7 +120,7 @@ def write(out: Path, part: Part, keys: Sequence[str], found: Iterable[Found | st
                 member = tarfile.TarInfo(f"{key}.{kind}.png")  # without owner and time: equal images, equal bytes
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    os.replace(partial, _tar(out, part))
+    write_bytes(_tar(out, part), pictures.getvalue())
     write_bytes(_facts(out, part), "".join(json.dumps(line) + "\n" for line in lines).encode())
     return _failures(lines)
 

@@ -1,8 +1,9 @@
-"""A registered model, untrained: what is found does not matter here, only that it is the model's."""
+"""A registered model: what it finds does not matter here, only that it is told as it is."""
 
 import numpy as np
 import pytest
 import torch
+from served import FIELDS, SIDE
 
 from orchestration.recipe import parse_recipe
 from orchestration.registry.package import package
@@ -11,22 +12,6 @@ from orchestration.runs.folder import RunFolder
 from orchestration.serving.finder import Finder, ModelName
 from orchestration.tracking import Tracker
 from slot_models import build_autoencoder
-
-FIELDS = {
-    "name": "served",
-    "data": {"scenes": {"pieces": [1, 3], "grid": 5, "cell": 4, "train": 200, "eval": 30, "per_shard": 50}},
-    "model": {
-        "image_size": 20,
-        "num_slots": 4,
-        "slot_dim": 16,
-        "encoder": {"channels": 8, "strides": [2, 1]},
-        "attention": {"hidden_dim": 16},
-        "gate": {"keep_bias": 0.0},
-        "decoder": {"channels": 8, "layers": 2, "kernel": 3, "patch": 2},
-    },
-    "train": {"steps": 12, "batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 2, "keep_weight": 0.01},
-}
-SIDE = 20
 
 
 @pytest.fixture(scope="session")
@@ -57,11 +42,3 @@ def model(store: str) -> ModelName:
 @pytest.fixture(scope="session")
 def finder(model: ModelName) -> Finder:
     return Finder.of(model)
-
-
-def photo(number: int, height: int = SIDE, width: int = SIDE) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-    """Blocks of colour, so that slots differ; uint8 [height, width, 3]."""
-    random = np.random.Generator(np.random.Philox(key=[number, 7]))
-    coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
-    return coarse[rows][:, columns]

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import urllib3
 import uvicorn
-from conftest import SIDE, photo
 from PIL import Image
+from served import SIDE, photo
 from test_images import bomb, encoded
 
 from orchestration.serving.answers import Answer, Work, answered

@@ -5,8 +5,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import SIDE, photo
 from PIL import Image
+from served import SIDE, photo
 
 from orchestration.registry.loading import load_module
 from orchestration.serving.finder import Finder, ModelName

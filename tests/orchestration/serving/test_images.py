@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import photo
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from served import photo
 
 from orchestration.serving.images import ImageError, TooLargeError, decoded, framed, from_arrays
 
