@@ -2,13 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from orchestration.checkpoints import Points
 from orchestration.engine import Engine
+from orchestration.runs.checkpoints import Points
 from orchestration.worker import DivergedError, StepReport, curve_names
+
+QUANTILES = {"slots/kept_p10": 0.1, "slots/kept_p50": 0.5, "slots/kept_p90": 0.9}
+"""Of kept slots an image, over the batch."""
 
 
 class Curves:
@@ -51,10 +54,12 @@ class Curves:
             self._check([row[0] for row in means.tolist()])
             for (report, when, norm), values in zip(self._reports, means.tolist(), strict=True):
                 if report.done % self._every == 0:
-                    values_by_name = dict(zip(self._names, values, strict=True)) | self._host_values(report, norm)
-                    self._points += [
-                        (name, v, when, report.done) for name, v in values_by_name.items() if math.isfinite(v)
-                    ]
+                    histogram = values[len(self._names) :]
+                    named = dict(zip(self._names, values, strict=False)) | {
+                        name: float(quantile(histogram, q)) for name, q in QUANTILES.items()
+                    }
+                    named |= self._host_values(report, norm)
+                    self._points += [(name, v, when, report.done) for name, v in named.items() if math.isfinite(v)]
         taken = sorted(self._points, key=lambda point: point[3])
         self._points, self._reports = [], []
         return taken
@@ -63,6 +68,7 @@ class Curves:
         return {
             "train/learning_rate": report.learning_rate,
             "train/keep_weight": report.keep_weight,
+            "train/temperature": report.temperature,
             "train/gradient_norm": norm,
             "train/world_size": float(self._engine.world),
             "time/step": report.seconds,
@@ -82,3 +88,13 @@ class Curves:
                 losses=dict(zip(steps, losses, strict=True)),
                 norms={report.done: norm for report, _, norm in self._reports if report.done % self._every == 0},
             )
+
+
+def quantile(shares: Sequence[float], q: float) -> int:
+    """The least number that at least q of the images do not exceed, from the shares [K + 1] with 0 to K."""
+    total = 0.0
+    for number, share in enumerate(shares):
+        total += share
+        if total >= q - 1e-6:  # shares are sums of float32
+            return number
+    return len(shares) - 1

@@ -25,7 +25,7 @@ class Engine(Protocol):
     device: torch.device
 
     def __call__(self, *inputs: Any, **options: Any) -> Any: ...
-    def evaluate(self, *inputs: Any) -> Any:
+    def evaluate(self, *inputs: Any, **options: Any) -> Any:
         """A forward pass without gradient, in evaluation mode."""
 
     def backward(self, loss: Tensor, share: Tensor) -> None:
@@ -74,8 +74,8 @@ class PlainEngine:
         with _autocast(self.device, self.precision):
             return self.module(*inputs, **options)
 
-    def evaluate(self, *inputs: Any) -> Any:
-        return _evaluate(self, self.module, inputs)
+    def evaluate(self, *inputs: Any, **options: Any) -> Any:
+        return _evaluate(self, self.module, inputs, options)
 
     def backward(self, loss: Tensor, share: Tensor) -> None:
         torch.autograd.backward((share * loss).sum())
@@ -153,8 +153,8 @@ class DeepSpeedEngine:
         with _autocast(self.device, self.precision):
             return self.deepspeed(*inputs, **options)
 
-    def evaluate(self, *inputs: Any) -> Any:
-        return _evaluate(self, self.deepspeed, inputs)
+    def evaluate(self, *inputs: Any, **options: Any) -> Any:
+        return _evaluate(self, self.deepspeed, inputs, options)
 
     def backward(self, loss: Tensor, share: Tensor) -> None:
         # DeepSpeed divides the loss by the micro batches and the gradient by the world size.
@@ -239,10 +239,10 @@ class DeepSpeedEngine:
 
 
 @torch.no_grad()
-def _evaluate(engine: Engine, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def _evaluate(engine: Engine, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
     module.eval()
     try:
-        return engine(*inputs)
+        return engine(*inputs, **options)
     finally:
         module.train()
 

@@ -51,7 +51,7 @@ class SlotUsage:
 
     @classmethod
     def from_tensor(cls, num_slots: int, sums: Tensor) -> "SlotUsage":
-        return cls(*sums.split([num_slots, num_slots + 1, 1]))
+        return cls(*torch.split(sums, [num_slots, num_slots + 1, 1]))
 
     @property
     def images(self) -> int:

@@ -61,9 +61,10 @@ class StepReport:
 
     Fields:
         step: the step, from 0.
-        means: float [M], this rank's part of the batch's means, in the order of ``curve_names``; the sum over ranks
-            is the mean. Still on the device: reading it synchronises.
-        learning_rate, keep_weight: of this step.
+        means: float [M + K + 1], this rank's part of the batch's means: M in the order of ``curve_names``, then the
+            share of the images that keep 0 to K slots. The sum over ranks is the mean. Still on the device: reading
+            it synchronises.
+        learning_rate, keep_weight, temperature: of this step.
         batch_size: samples of this step over all ranks.
         seconds, waited: of the whole step, and of waiting for its data.
     """
@@ -72,6 +73,7 @@ class StepReport:
     means: Tensor
     learning_rate: float
     keep_weight: float
+    temperature: float
     batch_size: int
     seconds: float
     waited: float
@@ -127,7 +129,11 @@ def train(
     """
     for step in range(start, schedule.steps):
         began, waited = time.perf_counter(), batches.waited
-        size, keep_weight = batches.batch_size(step), schedule.keep_weight(step)
+        size, keep_weight, temperature = (
+            batches.batch_size(step),
+            schedule.keep_weight(step),
+            schedule.temperature(step),
+        )
         means: Tensor | float = 0.0
         tally: Tensor | float = 0.0
 
@@ -139,7 +145,7 @@ def train(
                 micro.gate_noise,
                 micro.input_noise,
                 weight=micro.weight,
-                temperature=schedule.temperature(step),
+                temperature=temperature,
                 stage=schedule.stage(step),
             )
             reconstruction = reconstruction_error(output)  # [m]
@@ -160,6 +166,7 @@ def train(
             means=means,
             learning_rate=learning_rate,
             keep_weight=keep_weight,
+            temperature=temperature,
             batch_size=size,
             seconds=time.perf_counter() - began,
             waited=batches.waited - waited,
@@ -174,7 +181,7 @@ def reconstruction_error(output: SlotOutput) -> Tensor:
 
 
 def curve_names(num_slots: int) -> list[str]:
-    """Names of StepReport.means."""
+    """Names of the first of StepReport.means."""
     return [
         "loss/total",
         "loss/reconstruction",
@@ -190,9 +197,13 @@ def curve_names(num_slots: int) -> list[str]:
 def _curves(
     output: SlotOutput, reconstruction: Tensor, penalty: Tensor, num_objects: Tensor, background_slots: int
 ) -> Tensor:
-    """Each sample's part of the curves [m, M]; the count error is NaN where the number of objects is unknown."""
+    """Each sample's part of the curves, and of the histogram of kept slots: [m, M + K + 1].
+
+    The count error is NaN where the number of objects is unknown.
+    """
     kept = output.keep.sum(dim=1)
     count_error = torch.where(num_objects < 0, torch.nan, (kept - background_slots - num_objects).abs())
     total = reconstruction + penalty + output.auxiliary
     columns = [total, reconstruction, penalty, kept, output.keep.mean(dim=1), count_error]
-    return torch.cat([torch.stack(columns, dim=1), output.keep_probability], dim=1).float()
+    histogram = kept[:, None].round() == torch.arange(output.keep.shape[1] + 1, device=kept.device)  # [m, K + 1]
+    return torch.cat([torch.stack(columns, dim=1), output.keep_probability, histogram], dim=1).float()

@@ -4,12 +4,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestration.assembly import Data, build_model, training_stream
 from orchestration.bare import train_bare
-from orchestration.curves import Curves
+from orchestration.curves import Curves, quantile
 from orchestration.engine import PlainEngine
 from orchestration.recipe import Recipe
 from orchestration.schedule import Schedule
@@ -92,6 +95,31 @@ def test_points_are_those_of_every_nth_step_and_carry_their_time(recipe: Recipe,
     assert [step for _, _, _, step in points] == sorted(step for _, _, _, step in points)
     assert ("eval/fg_ari", 0.5, 13000, 6) in points
     assert {name for name, _, _, step in points if step == 3} >= set(curve_names(4))
+
+
+@given(kept=st.lists(st.integers(0, 7), min_size=1, max_size=200), q=st.sampled_from([0.1, 0.5, 0.9]))
+def test_quantiles_of_a_histogram_are_those_of_its_images(kept: list[int], q: float) -> None:
+    shares = torch.bincount(torch.tensor(kept), minlength=8).float() / len(kept)
+    assert quantile(shares.tolist(), q) == np.quantile(kept, q, method="inverted_cdf")
+
+
+def test_the_histogram_of_a_step_is_that_of_its_images(recipe: Recipe, data: Data) -> None:
+    """Before the gate decides every slot is kept; with it, the mean and the quantiles follow from the histogram."""
+    engine = PlainEngine(build_model(recipe))
+    curves = Curves(engine, every=1, num_slots=4)
+    reports: list[StepReport] = []
+    with training_stream(recipe, data.train, build_model(recipe).noise_shapes()) as stream:
+        train(engine, stream, Schedule(recipe.train), hooks=[reports.append, curves.record])
+    numbers = torch.arange(5.0)
+    for report in reports:
+        histogram = report.means[-5:]
+        assert float(histogram.sum()) == pytest.approx(1, abs=1e-6)
+        assert float(histogram @ numbers) == pytest.approx(float(report.means[3]), abs=1e-5)
+    points = {(name, step): value for name, value, _, step in curves.take()}
+    for name in ("slots/kept_p10", "slots/kept_p50", "slots/kept_p90"):
+        assert [points[name, step] for step in (1, 2, 3)] == [4.0, 4.0, 4.0]
+    assert points["slots/kept_p10", 12] <= points["slots/kept_p50", 12] <= points["slots/kept_p90", 12] <= 4
+    assert points["train/temperature", 12] == recipe.train.temperature
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(recipe: Recipe, data: Data) -> None:
