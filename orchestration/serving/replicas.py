@@ -7,9 +7,7 @@ reads a whole request, of any length, before a replica sees any of it; app.py st
 import asyncio
 import logging
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from uuid import uuid4
 
 import numpy as np
@@ -19,16 +17,13 @@ from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 
-from orchestration.serving.answers import JSON, Answer, Work, answered
+from orchestration.serving.answers import Answer, Work, answered
 from orchestration.serving.app import UnavailableError
+from orchestration.serving.calls import Calls, LostError
 from orchestration.serving.finder import Finder, ModelName
 from orchestration.serving.found import Found
 from orchestration.serving.images import Limits, Pixels
 
-logger = logging.getLogger(__name__)
-
-TRIES = 3
-"""Of a request whose replica died under it: an answer depends on the request alone, so another one may give it."""
 _CALLS = 2  # at a time of each replica: one whose images are decoded while the model looks at the other's
 _BATCH_SECONDS = 0.002  # to wait for a batch to fill: what comes while the model runs is the next batch anyway
 _STATUS_SECONDS = 1.0  # that a count of the replicas is good for
@@ -76,25 +71,8 @@ class Replica:
         return await loop.run_in_executor(self._forward, self._finder.find, np.stack(images))
 
 
-@dataclass
-class _Asked:
-    """A request on its way to a replica."""
-
-    work: Work
-    answer: asyncio.Future[Answer]
-    tries: int = 0
-
-    @property
-    def alone(self) -> bool:
-        """Others would wait for its many images, or die with it should it be what the replica died of."""
-        return self.work.media == JSON or self.tries > 0
-
-
 class Replicas:
     """Replicas on the connected Ray, to be asked from this process. Blocks until the first answers.
-
-    A call of a replica costs some milliseconds, more than a small image. So requests for one image that come while
-    others are on their way go together in one call.
 
     Args:
         count: replicas.
@@ -115,9 +93,7 @@ class Replicas:
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_QUIET)
         application = deployment.bind(model, limits, batch, threads)
         self._handle = serve.run(application, name=self._name, route_prefix=None, logging_config=_QUIET)
-        self._batch, self._senders = batch, _CALLS * count
-        self._waiting: deque[_Asked] = deque()
-        self._sending: set[asyncio.Task[None]] = set()
+        self._calls = Calls(self._call, batch=batch, at_once=_CALLS * count)
         self._counted = (0, -_STATUS_SECONDS)  # replicas, when
 
     async def answer(self, work: Work) -> Answer:
@@ -126,9 +102,7 @@ class Replicas:
         Raises:
             UnavailableError: there is none, or they die one after the other.
         """
-        asked = _Asked(work, asyncio.get_running_loop().create_future())
-        self._ask(asked)
-        return await asked.answer
+        return await self._calls.answer(work)
 
     async def replicas(self) -> int:
         """How many are running; known anew each second."""
@@ -140,49 +114,14 @@ class Replicas:
         """Ends the replicas, once they have answered what they are at; others' services stay."""
         serve.delete(self._name)
 
-    def _ask(self, asked: _Asked) -> None:
-        self._waiting.append(asked)
-        if len(self._sending) < self._senders:
-            task = asyncio.create_task(self._send())
-            self._sending.add(task)
-            task.add_done_callback(self._sending.discard)
-
-    async def _send(self) -> None:
-        """Sends what waits, a call after the other, until nothing does."""
-        while together := self._next():
-            try:
-                answers: list[Answer] = await self._handle.answer.remote([asked.work for asked in together])
-            except RayActorError as error:
-                logger.warning("a replica died (%s); its requests go to another", type(error).__name__)
-                self._again(together)
-            except DeploymentUnavailableError:
-                _fail(together, UnavailableError("no replica could be started; try again later"))
-            except Exception as error:  # of the model: whoever asked is told, the others go on
-                _fail(together, error)
-            else:
-                for asked, answer in zip(together, answers, strict=True):
-                    if not asked.answer.done():
-                        asked.answer.set_result(answer)
-
-    def _next(self) -> list[_Asked]:
-        """What goes in the next call: requests together, up to a batch, or one that goes alone."""
-        together: list[_Asked] = []
-        while self._waiting and len(together) < self._batch and not (together and together[0].alone):
-            if self._waiting[0].answer.done():  # who asked has gone
-                self._waiting.popleft()
-            elif together and self._waiting[0].alone:
-                break
-            else:
-                together.append(self._waiting.popleft())
-        return together
-
-    def _again(self, together: list[_Asked]) -> None:
-        for asked in together:
-            asked.tries += 1
-            if asked.tries < TRIES:
-                self._waiting.append(asked)
-            else:
-                _fail([asked], UnavailableError(f"{TRIES} replicas died; try again later"))
+    async def _call(self, works: list[Work]) -> list[Answer]:
+        try:
+            answers: list[Answer] = await self._handle.answer.remote(works)
+        except RayActorError as error:
+            raise LostError(f"a replica died ({type(error).__name__})") from error
+        except DeploymentUnavailableError as error:
+            raise UnavailableError("no replica could be started; try again later") from error
+        return answers
 
     def _running(self) -> int:
         application = serve.status().applications.get(self._name)
@@ -190,9 +129,3 @@ class Replicas:
             return 0
         states = [deployment.replica_states for deployment in application.deployments.values()]
         return sum(count for of_one in states for state, count in of_one.items() if state == "RUNNING")
-
-
-def _fail(together: list[_Asked], error: Exception) -> None:
-    for asked in together:
-        if not asked.answer.done():
-            asked.answer.set_exception(error)
