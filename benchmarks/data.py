@@ -46,6 +46,7 @@ import psutil
 import torch
 from PIL import Image
 
+from benchmarks.page import write
 from pipelines import Plan, read_index, write_index, write_shard
 from pipelines.decoding.memory import Layout
 from pipelines.samples import decode
@@ -53,8 +54,6 @@ from pipelines.stream import Stream
 from pipelines.transforms import to_model
 
 SHARDS, PER_SHARD, BATCH, LANES, WINDOW, WARM = 24, 250, 64, 8, 2, 8
-BENCHMARKS = Path(__file__).parents[1] / "BENCHMARKS.md"
-BEGIN, END = "<!-- data -->", "<!-- /data -->"
 PACKAGES = {"mosaic": "streaming", "litdata": "litdata"}
 
 NOTES = """\
@@ -312,14 +311,6 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
 
 
-def write(text: str) -> None:
-    """Put the text between its markers in BENCHMARKS.md, or at the end."""
-    page = BENCHMARKS.read_text()
-    before, begin, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2] if begin else "\n"
-    BENCHMARKS.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=("jpg", "png"), action="append", help="both if not given")
@@ -341,7 +332,7 @@ def main() -> None:
         print(parts[-1], flush=True)
     parts.append(NOTES)
     if options.write:
-        write("\n\n".join(parts))
+        write("data", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

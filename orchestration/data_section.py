@@ -155,7 +155,7 @@ class DataSection(Section):
     tries: PositiveInt = Field(8, description="how often a read is tried before the run stops")
     timeout: float = Field(30.0, gt=0, description="seconds without an answer after which a try is given up")
     lanes: PositiveInt = Field(8, description="streams that a batch is drawn from; rounded down to divide the batch")
-    window: PositiveInt = Field(4, description="shards in a shuffle window of a lane")
+    window: PositiveInt = Field(1, description="shards' worth of samples that are shuffled together in a lane")
     augment: AugmentSection | None = Field(None, description="flips and crops of training samples; null: none")
     bad_samples: int | None = Field(None, ge=0, description="corrupt samples that stop a run; null: 1 % of the set")
     ledger: str | None = Field(None, description="folder for a line `step rank place sample` per sample handed out")

@@ -15,7 +15,7 @@ those of a set come after those of the sets before it.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -27,18 +27,19 @@ from numpy.typing import NDArray
 
 from pipelines.index import Index
 from pipelines.noise import Purpose, generator
-from pipelines.plan import Piece, Plan, Span, Window
+from pipelines.order import Order, Piece, Span, Window
+from pipelines.plan import PARTS, Plan
 
 __all__ = ["Mixture", "Order"]
 
 
-class Mixture:
-    """The order of several sets, mixed; it answers what a `Plan` answers.
+class Mixture(Order):
+    """The order of several sets, mixed: a step is always full.
 
     Args:
         sets: index and weight of each; a weight is a positive number, relative to the others.
         index: all sets joined, in the same order.
-        batch_size, seed, lanes, window: as of a `Plan`; every set has a lane at least.
+        batch_size, seed, lanes, window, parts: as of a `Plan`; every set has a lane at least.
 
     Raises:
         ValueError: a number is out of range, or the joined index is not that of the sets.
@@ -52,7 +53,8 @@ class Mixture:
         batch_size: int,
         seed: int,
         lanes: int = 8,
-        window: int = 4,
+        window: int = 1,
+        parts: int = PARTS,
     ) -> None:
         if not sets:
             raise ValueError("sets: there is none; name at least one")
@@ -72,6 +74,7 @@ class Mixture:
         self.batch_size = batch_size
         self.seed = seed
         self.window = window
+        self.parts = parts
         self._sets, self._wish = tuple(sets), lanes
         self._plans = [
             # Each set is permuted by a seed of its own: no epoch number reaches these steps.
@@ -86,7 +89,7 @@ class Mixture:
 
     def __reduce__(self) -> tuple[Any, ...]:
         build = partial(Mixture, batch_size=self.batch_size, seed=self.seed, lanes=self._wish, window=self.window)
-        return build, (self._sets, self.index)
+        return partial(build, parts=self.parts), (self._sets, self.index)
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
@@ -100,40 +103,11 @@ class Mixture:
             counts[earliest] += 1
         return tuple(counts)
 
-    def size(self, step: int) -> int:
-        """Samples of a step: always the batch size."""
-        if step < 0:
-            raise ValueError(f"step: {step} is negative; steps count from 0")
+    def _size(self, step: int) -> int:
         return self.batch_size
 
-    def batch(self, step: int) -> NDArray[np.int64]:
-        """Samples of a step in order of place, int64 [G]."""
-        return self._samples(step, 0, self.size(step))
-
-    def rank_slice(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
-        """Samples of a step that a rank reads: a contiguous slice of `batch(step)`."""
-        return self._samples(step, *self.bounds(step, rank, world))
-
-    def bounds(self, step: int, rank: int, world: int) -> tuple[int, int]:
-        """The places [begin, end) of a step that a rank reads.
-
-        Raises:
-            ValueError: the rank is not in [0, world).
-        """
-        if not 0 <= rank < world:
-            raise ValueError(f"rank: {rank} is not in [0, world = {world}); ranks count from 0")
-        size = self.size(step)
-        return rank * size // world, (rank + 1) * size // world
-
-    def spans(self, step: int, begin: int, end: int) -> list[Span]:
-        """Where the places [begin, end) of a step come from, in order of place.
-
-        Raises:
-            ValueError: the places are not within the step.
-        """
-        size = self.size(step)
-        if not 0 <= begin <= end <= size:
-            raise ValueError(f"places: [{begin}, {end}) is not within step {step}, which has {size}")
+    def _spans(self, step: int, begin: int, end: int) -> list[Span]:
+        size = self.batch_size
         before, after = self.counts(step * size), self.counts((step + 1) * size)
         spans: list[Span] = []
         place = 0
@@ -154,23 +128,15 @@ class Mixture:
     # --- windows -------------------------------------------------------------------------------------------------
 
     def pieces(self, window: Window) -> list[Piece]:
-        """What a window reads, in order."""
         i, inner = self._inside(window)
         return [replace(piece, shard=self._first_shard[i] + piece.shard) for piece in self._plans[i].pieces(inner)]
 
     def order(self, window: Window) -> NDArray[np.int64]:
-        """A window's samples, shuffled, int64."""
         i, inner = self._inside(window)
         return self._plans[i].order(inner) + self._first_sample[i]
 
-    def replacements(self, window: Window, entry: int) -> Iterator[int]:
-        """Samples that may fill the place of a bad one, best first: the rest of its window's order, cyclic."""
-        i, inner = self._inside(window)
-        return (self._first_sample[i] + sample for sample in self._plans[i].replacements(inner, entry))
-
     @property
     def window_bytes(self) -> int:
-        """The most bytes of shards that one window can hold."""
         return max(plan.window_bytes for plan in self._plans)
 
     def open_lanes(self, world: int) -> int:
@@ -201,15 +167,7 @@ class Mixture:
         return i, replace(window, lane=window.lane - self._first_lane[i])
 
     def _plan(self, index: Index, seed: int, lanes: int) -> Plan:
-        return Plan(index, batch_size=lanes, seed=seed, lanes=lanes, window=self.window)
+        return Plan(index, batch_size=lanes, seed=seed, lanes=lanes, window=self.window, parts=self.parts)
 
     def _set_seed(self, i: int) -> int:
         return int(generator(self.seed, Purpose.ORDER, step=2**64 - 1 - i).integers(2**63))
-
-    def _samples(self, step: int, begin: int, end: int) -> NDArray[np.int64]:
-        parts = [self.order(s.window)[s.first : s.first + s.count] for s in self.spans(step, begin, end)]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
-Order = Plan | Mixture
-"""What a stream follows."""

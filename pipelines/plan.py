@@ -1,28 +1,26 @@
 """The data order: which samples a step sees, as a pure function of (index, batch size, seed, step). numpy only.
 
-An epoch's shards are permuted, laid end to end, and cut at sample granularity into `lanes` that differ by at most one
-sample. Inside a lane every few shards form a window, and each window is shuffled on its own. Position j of an epoch is
-entry j // lanes of lane j % lanes:
+Every shard is cut into parts. An epoch's parts are permuted, laid end to end, and cut at sample granularity into
+`lanes` that differ by at most one sample. Inside a lane every few parts form a window, and each window is shuffled on
+its own. Position j of an epoch is entry j // lanes of lane j % lanes:
 
-    shards, permuted    |  4  |   1    |  6  |    0     |  5   |  2  |3 |
-    lanes               |------- lane 0 --------|------- lane 1 --------|
-    windows (of 2)      |----- 0 ------|-- 1 ---|----- 0 ------|-- 1 ---|    each shuffled
-    a step takes        ^^^                     ^^^                          batch / lanes from each, lane by lane
+    parts, permuted     | 4c | 1a  | 6a | 0b   | 4a  | 2d| 3b |
+    lanes               |------- lane 0 -------|-- lane 1 ----|
+    windows (of 3)      |------ 0 -------|- 1 -|----- 0 ------|    each shuffled
+    a step takes        ^^^                    ^^^                 batch / lanes from each, lane by lane
 
-How well it is shuffled: a batch can show lanes x window shards at most, those in memory. Of 400 shards of 1000 samples,
-with the defaults, a batch of 64 shows 28 of its 32, as many as 64 free draws would. A buffer that webdataset shuffles
-in the same memory shows 41, since it also holds rests of shards that were read long before; what it does worse is the
-rank correlation of position and shard over an epoch, 0.88 against 0.13 (measured in tests/pipelines/test_plan.py). More
-shards in a batch take more memory (16 lanes of 4 show 43) or more and smaller reads, a part of a shard at a time:
-neither the order nor the number of lanes that a rank opens gives more for nothing.
+Whoever holds a part of the set at a time sees a shard only around the time it is read: behind a buffer, a place in the
+epoch tells nearly which shards its samples come from. Parts of a shard come at times of their own, so a batch shows as
+many shards as behind a buffer of several times the memory, and shards drift through the epoch far less. It costs
+smaller reads, and before a shard's first part is used the whole of it is checked (benchmarks/shuffle.py measures both).
 
 Nothing here knows how many workers there are until `rank_slice` cuts the finished batch, so the order cannot depend on
-it. Memory is the epoch's shard permutation and one window per open lane; any step costs the same.
+it. Memory is a few numbers for each part and one window per open lane; any step costs the same.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -30,61 +28,65 @@ from numpy.typing import NDArray
 
 from pipelines.index import Index, Shard, index_from_counts
 from pipelines.noise import Purpose, generator
+from pipelines.order import Order, Piece, Span, Window, micro_batches
 
-__all__ = ["Index", "Piece", "Plan", "Shard", "Span", "Window", "index_from_counts", "micro_batches"]
+__all__ = ["PARTS", "Index", "Piece", "Plan", "Shard", "Span", "Window", "index_from_counts", "micro_batches"]
 
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A run of shards inside one lane of one epoch that is shuffled as a whole."""
-
-    epoch: int
-    lane: int
-    number: int
+PARTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows [first, last) of a shard: what a window reads in one go."""
+class _Parts:
+    """The parts that shards are cut into: int64 [P] each.
 
-    shard: int
-    first: int
-    last: int
+    Fields:
+        shard: which shard a part is of.
+        first: its first row there.
+        samples: its number of rows, at least 1.
+    """
 
+    shard: NDArray[np.int64]
+    first: NDArray[np.int64]
+    samples: NDArray[np.int64]
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Entries [first, first + count) of a window's shuffled order, which stand side by side in a batch."""
-
-    window: Window
-    first: int
-    count: int
+    @classmethod
+    def of(cls, samples: NDArray[np.int64], most: int) -> "_Parts":
+        """Cut shards of so many samples, int64 [S], into `most` parts each that are as equal as can be."""
+        count = np.minimum(samples, most)  # [S]
+        shard = np.repeat(np.arange(len(samples)), count)  # [P]
+        number = np.arange(len(shard)) - np.repeat(np.cumsum(count) - count, count)  # [P] of the part in its shard
+        first = samples[shard] * number // count[shard]
+        return cls(shard, first, samples[shard] * (number + 1) // count[shard] - first)
 
 
 @dataclass(frozen=True, slots=True)
 class _Epoch:
-    """The shards of an epoch, permuted: `shards` int64 [S]; `bounds` int64 [S + 1], the position where each begins."""
+    """The parts of an epoch, permuted: `parts` int64 [P]; `bounds` int64 [P + 1], the position where each begins."""
 
-    shards: NDArray[np.int64]
+    parts: NDArray[np.int64]
     bounds: NDArray[np.int64]
 
 
-class Plan:
-    """The order of a set of shards.
+class Plan(Order):
+    """The order of a set of shards: every sample exactly once an epoch, whose last step may be short.
 
     Args:
         index: the set.
-        batch_size: G, samples a step over all workers; the last step of an epoch may be shorter.
+        batch_size: G, samples a step over all workers.
         seed: of the order.
         lanes: wish; the largest divisor of the batch size not above it is used.
-        window: shards that are shuffled together inside a lane.
+        window: shards' worth of samples that are shuffled together inside a lane.
+        parts: parts that a shard is cut into; 1 reads each shard in one go.
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    def __init__(self, index: Index, *, batch_size: int, seed: int, lanes: int = 8, window: int = 4) -> None:
-        for name, value in (("batch_size", batch_size), ("lanes", lanes), ("window", window)):
+    def __init__(
+        self, index: Index, *, batch_size: int, seed: int, lanes: int = 8, window: int = 1, parts: int = PARTS
+    ) -> None:
+        numbers = {"batch_size": batch_size, "lanes": lanes, "window": window, "parts": parts}
+        for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name}: {value} is less than 1; use a positive number")
         generator(seed, Purpose.ORDER)  # refuses a seed out of range now, not at the first step
@@ -93,56 +95,17 @@ class Plan:
         self.seed = seed
         self.lanes = next(n for n in range(min(lanes, batch_size), 0, -1) if batch_size % n == 0)
         self.window = window
+        self.parts = parts
         self.steps_per_epoch = -(-index.num_samples // batch_size)
+        self._cut = _Parts.of(np.diff(index.offsets), parts)
         # Around a step: two epochs, and in each lane the window that ends and the one that begins.
-        self._epoch = lru_cache(maxsize=2)(self._permuted_shards)
-        self.order = lru_cache(maxsize=2 * self.lanes)(self._order)
+        self._epoch = lru_cache(maxsize=2)(self._permuted)
+        self._shuffled = lru_cache(maxsize=2 * self.lanes)(self._order)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Caches do not travel between processes.
         build = partial(Plan, batch_size=self.batch_size, seed=self.seed, lanes=self.lanes, window=self.window)
-        return build, (self.index,)
-
-    # --- steps ---------------------------------------------------------------------------------------------------
-
-    def size(self, step: int) -> int:
-        """G', the number of samples of a step: the batch size, or what is left in the last step of an epoch."""
-        if step < 0:
-            raise ValueError(f"step: {step} is negative; steps count from 0")
-        first = (step % self.steps_per_epoch) * self.batch_size
-        return min(self.batch_size, self.index.num_samples - first)
-
-    def batch(self, step: int) -> NDArray[np.int64]:
-        """Samples of a step in order of place, int64 [G']. Every sample comes exactly once an epoch."""
-        return self._samples(step, 0, self.size(step))
-
-    def rank_slice(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
-        """Samples of a step that a rank reads, int64 [about G' / world]: a contiguous slice of `batch(step)`."""
-        return self._samples(step, *self.bounds(step, rank, world))
-
-    def bounds(self, step: int, rank: int, world: int) -> tuple[int, int]:
-        """The places [begin, end) of a step that a rank reads; sizes differ by at most one over the ranks.
-
-        Raises:
-            ValueError: the rank is not in [0, world).
-        """
-        if not 0 <= rank < world:
-            raise ValueError(f"rank: {rank} is not in [0, world = {world}); ranks count from 0")
-        size = self.size(step)
-        return rank * size // world, (rank + 1) * size // world
-
-    def spans(self, step: int, begin: int, end: int) -> list[Span]:
-        """Where the places [begin, end) of a step come from, in order of place.
-
-        Raises:
-            ValueError: the places are not within the step.
-        """
-        size = self.size(step)
-        if not 0 <= begin <= end <= size:
-            raise ValueError(f"places: [{begin}, {end}) is not within step {step}, which has {size}")
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        first = step_of_epoch * self.batch_size
-        return self.stretch(epoch, first, first + size, begin, end)
+        return partial(build, parts=self.parts), (self.index,)
 
     def stretch(self, epoch: int, first: int, last: int, begin: int, end: int) -> list[Span]:
         """Positions [first, last) of an epoch, gathered lane by lane; of these the places [begin, end)."""
@@ -157,66 +120,66 @@ class Plan:
             place += entry_end - entry
         return spans
 
-    # --- windows -------------------------------------------------------------------------------------------------
-
     def pieces(self, window: Window) -> list[Piece]:
-        """What a window reads, in order; its pieces are disjoint and never empty."""
         epoch = self._epoch(window.epoch)
         begin, end = self._window_bounds(window)
-        first = int(np.searchsorted(epoch.bounds, begin, side="right")) - 1
-        last = int(np.searchsorted(epoch.bounds, end, side="left"))
+        opening = int(np.searchsorted(epoch.bounds, begin, side="right")) - 1
+        closing = int(np.searchsorted(epoch.bounds, end, side="left"))
         pieces = []
-        for position in range(first, last):
-            start = int(epoch.bounds[position])
-            low, high = max(begin, start), min(end, int(epoch.bounds[position + 1]))
-            pieces.append(Piece(int(epoch.shards[position]), low - start, high - start))
+        for position in range(opening, closing):
+            part = epoch.parts[position]
+            row = int(self._cut.first[part]) - int(epoch.bounds[position])  # of the epoch's first position
+            low, high = max(begin, int(epoch.bounds[position])), min(end, int(epoch.bounds[position + 1]))
+            pieces.append(Piece(int(self._cut.shard[part]), row + low, row + high))
         return pieces
+
+    def order(self, window: Window) -> NDArray[np.int64]:
+        return self._shuffled(window)
+
+    @property
+    def window_bytes(self) -> int:
+        bytes = np.array([shard.bytes for shard in self.index.shards])[self._cut.shard]  # [P]
+        each = bytes * self._cut.samples / np.diff(self.index.offsets)[self._cut.shard]  # [P] as if samples were alike
+        return ceil(float(np.sort(each)[-self.window * self.parts :].sum()))
+
+    def open_lanes(self, world: int) -> int:
+        return min(self.lanes, -(-self.lanes // world) + 1)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _size(self, step: int) -> int:
+        first = (step % self.steps_per_epoch) * self.batch_size
+        return min(self.batch_size, self.index.num_samples - first)
+
+    def _spans(self, step: int, begin: int, end: int) -> list[Span]:
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        first = step_of_epoch * self.batch_size
+        return self.stretch(epoch, first, first + self.size(step), begin, end)
+
+    def _permuted(self, epoch: int) -> _Epoch:
+        parts = generator(self.seed, Purpose.ORDER, step=epoch).permutation(len(self._cut.shard))  # [P]
+        return _Epoch(parts, np.concatenate([[0], np.cumsum(self._cut.samples[parts])]))
 
     def _order(self, window: Window) -> NDArray[np.int64]:
         rows = [
             np.arange(piece.first, piece.last, dtype=np.int64) + self.index.offsets[piece.shard]
             for piece in self.pieces(window)
         ]
-        # Place 0 belongs to the permutation of shards, hence lane + 1.
+        # Place 0 belongs to the permutation of parts, hence lane + 1.
         stream = generator(self.seed, Purpose.ORDER, step=window.epoch, place=(window.lane + 1) << 32 | window.number)
         order = stream.permutation(np.concatenate(rows))
         order.flags.writeable = False  # it is shared through the cache
         return order
 
-    def replacements(self, window: Window, entry: int) -> Iterator[int]:
-        """Samples that may fill the place of a bad one, best first: the rest of its window's order, cyclic.
-
-        Whoever reads the window finds the same first good one.
-        """
-        order = self.order(window)
-        for i in range(1, len(order)):
-            yield int(order[(entry + i) % len(order)])
-
-    @property
-    def window_bytes(self) -> int:
-        """The most bytes of shards that one window can hold."""
-        return sum(sorted((shard.bytes for shard in self.index.shards), reverse=True)[: self.window])
-
-    def open_lanes(self, world: int) -> int:
-        """The most lanes that a rank reads in a full step."""
-        return min(self.lanes, -(-self.lanes // world) + 1)
-
-    # --- inside --------------------------------------------------------------------------------------------------
-
-    def _permuted_shards(self, epoch: int) -> _Epoch:
-        shards = generator(self.seed, Purpose.ORDER, step=epoch).permutation(len(self.index.shards))  # [S]
-        samples = np.diff(self.index.offsets)[shards]  # [S]
-        return _Epoch(shards, np.concatenate([[0], np.cumsum(samples)]).astype(np.int64))
-
     def _lane_spans(self, epoch: int, lane: int, first: int, last: int) -> list[Span]:
         """Entries [first, last) of a lane, cut at the windows' ends."""
         lane_begin, _ = _share(self.index.num_samples, self.lanes, lane)
         bounds = self._epoch(epoch).bounds
-        opening, shards, windows = self._lane_shards(epoch, lane)
+        opening, parts, windows = self._lane_parts(epoch, lane)
         spans = []
         while first < last:
-            shard = int(np.searchsorted(bounds, lane_begin + first, side="right")) - 1
-            window = Window(epoch, lane, _part_of(shard - opening, shards, windows))
+            part = int(np.searchsorted(bounds, lane_begin + first, side="right")) - 1
+            window = Window(epoch, lane, _part_of(part - opening, parts, windows))
             begin, end = self._window_bounds(window)
             count = min(last, end - lane_begin) - first
             spans.append(Span(window, lane_begin + first - begin, count))
@@ -227,48 +190,21 @@ class Plan:
         """The positions [begin, end) of the epoch's laid-out samples that a window covers."""
         lane_begin, lane_end = _share(self.index.num_samples, self.lanes, window.lane)
         bounds = self._epoch(window.epoch).bounds
-        opening, shards, windows = self._lane_shards(window.epoch, window.lane)
-        first, last = _share(shards, windows, window.number)
+        opening, parts, windows = self._lane_parts(window.epoch, window.lane)
+        first, last = _share(parts, windows, window.number)
         return max(lane_begin, int(bounds[opening + first])), min(lane_end, int(bounds[opening + last]))
 
-    def _lane_shards(self, epoch: int, lane: int) -> tuple[int, int, int]:
-        """A lane's first shard in the epoch's permutation, how many it touches, and into how many windows they go.
+    def _lane_parts(self, epoch: int, lane: int) -> tuple[int, int, int]:
+        """A lane's first part in the epoch's permutation, how many it touches, and into how many windows they go.
 
-        The windows are as equal as can be: one odd shard at the end would hardly be shuffled, and could not replace
+        The windows are as equal as can be: one odd part at the end would hardly be shuffled, and could not replace
         its own bad samples.
         """
         lane_begin, lane_end = _share(self.index.num_samples, self.lanes, lane)
         bounds = self._epoch(epoch).bounds
         opening = int(np.searchsorted(bounds, lane_begin, side="right")) - 1
-        shards = int(np.searchsorted(bounds, lane_end, side="left")) - opening
-        return opening, shards, -(-shards // self.window)
-
-    def _samples(self, step: int, begin: int, end: int) -> NDArray[np.int64]:
-        parts = [self.order(s.window)[s.first : s.first + s.count] for s in self.spans(step, begin, end)]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
-def micro_batches(batch_size: int, world: int, largest: int) -> tuple[int, int]:
-    """How a rank cuts its slice: the same for every rank, so that none waits for another.
-
-    Args:
-        batch_size: G, samples a step over all ranks.
-        world: W, number of ranks.
-        largest: the most samples that a rank can hold at once.
-
-    Returns:
-        (A, m): A micro batches of m <= largest samples with A * m >= ceil(G / W): the fewest micro batches, and among
-        those the least padding, which is then below A samples a rank. (Padding alone is no aim: it is zero at m = 1.)
-
-    Raises:
-        ValueError: a number is less than 1.
-    """
-    for name, value in (("batch_size", batch_size), ("world", world), ("largest", largest)):
-        if value < 1:
-            raise ValueError(f"{name}: {value} is less than 1; use a positive number")
-    slice_size = -(-batch_size // world)
-    count = -(-slice_size // largest)
-    return count, -(-slice_size // count)
+        parts = int(np.searchsorted(bounds, lane_end, side="left")) - opening
+        return opening, parts, -(-parts // (self.window * self.parts))
 
 
 def _share(total: int, parts: int, part: int) -> tuple[int, int]:

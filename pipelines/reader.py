@@ -21,8 +21,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipelines.cache import Cache, NoRoomError
 from pipelines.errors import ContentError, DataError, TransientError
-from pipelines.mixture import Order
-from pipelines.plan import Piece, Window
+from pipelines.order import Order, Piece, Window
 from pipelines.samples import IMAGE_MEMBERS, MASK_MEMBERS
 from pipelines.sets import fetch_sidecar
 from pipelines.shards import Sidecar, scan
@@ -72,7 +71,7 @@ class Reader:
         self._windows: dict[int, tuple[Window, dict[int, Raw | Fault]]] = {}  # by lane
         self._checked: dict[int, Fault | Version] = {}  # by shard: once found good or bad it stays so
         self._offsets: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # of the open windows' shards
-        self._most_offsets = 2 * plan.lanes * (plan.window + 1)
+        self._most_offsets = 2 * plan.lanes * (plan.window * plan.parts + 1)
 
     def window(self, window: Window) -> Mapping[int, Raw | Fault]:
         """Every sample of a window by its number in the set; it takes the place of its lane's window before."""

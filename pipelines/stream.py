@@ -22,9 +22,8 @@ from torch import Tensor
 from pipelines.cache import Cache
 from pipelines.decoding import Decoded, Decoder, Decoding, InThread, Processes
 from pipelines.errors import DataError
-from pipelines.mixture import Order
 from pipelines.noise import Purpose, gumbel, normal
-from pipelines.plan import Span, micro_batches
+from pipelines.order import Order, Span, micro_batches
 from pipelines.reader import Fault, Reader
 from pipelines.sources import Sources, local_path
 from pipelines.tars import Raw
@@ -347,8 +346,8 @@ class Stream:
                 decoded.found[row] = found
                 return number
             self._judge(window, number, found)
-        shards = ", ".join(self._plan.index.shards[piece.shard].name for piece in self._plan.pieces(span.window))
-        raise DataError(f"no good sample in {shards}; repair these shards, or use a larger window")
+        names = dict.fromkeys(self._plan.index.shards[piece.shard].name for piece in self._plan.pieces(span.window))
+        raise DataError(f"no good sample in {', '.join(names)}; repair these shards, or use a larger window")
 
     def _judge(self, window: Mapping[int, Raw | Fault], number: int, found: int | str | None) -> None:
         """Count and log a bad sample, once."""

@@ -37,6 +37,7 @@ def mixtures(draw: st.DrawFn) -> Mixture:
         seed=draw(st.integers(0, 2**64 - 1)),
         lanes=draw(st.integers(1, 10)),
         window=draw(st.integers(1, 4)),
+        parts=draw(st.integers(1, 4)),
     )
 
 

@@ -1,7 +1,6 @@
 """Properties of the data order, over shapes of sets, batch sizes, seeds, epochs and worlds."""
 
 import pickle
-import random
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -11,8 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
-from webdataset.filters import _shuffle
 
 from pipelines.index import Index, Shard
 from pipelines.noise import generator
@@ -30,6 +27,7 @@ def plans(draw: st.DrawFn) -> Plan:
         seed=draw(st.integers(0, 2**64 - 1)),
         lanes=draw(st.integers(1, 12)),
         window=draw(st.integers(1, 6)),
+        parts=draw(st.integers(1, 5)),
     )
 
 
@@ -90,7 +88,7 @@ def test_a_lane_is_read_window_by_window(plan: Plan, epoch: int) -> None:
                 if (span.window.lane, span.window.number) == (lane, number)
             )
             read = plan.pieces(window)
-            assert 1 <= len(read) <= plan.window
+            assert 1 <= len(read) <= plan.window * plan.parts
             assert sum(piece.last - piece.first for piece in read) == len(plan.order(window))
             assert len(plan.order(window)) == sum(n == number for n, _ in entries)
             pieces += read
@@ -108,7 +106,7 @@ def test_the_windows_of_a_lane_are_as_few_and_as_equal_as_can_be(plan: Plan, epo
     for sizes in windows.values():
         assert sorted(sizes) == list(range(len(sizes)))
         assert max(sizes.values()) - min(sizes.values()) <= 1
-        assert len(sizes) == -(-sum(sizes.values()) // plan.window)
+        assert len(sizes) == -(-sum(sizes.values()) // (plan.window * plan.parts))
 
 
 @given(plan=plans(), world=WORLDS, data=st.data())
@@ -135,7 +133,8 @@ def test_replacements_are_the_rest_of_the_window_beginning_behind_the_bad_sample
 def test_seeking_and_copies_give_what_reading_through_gives(plan: Plan, data: st.DataObject) -> None:
     through = [plan.batch(step) for step in range(2 * plan.steps_per_epoch)]
     step = data.draw(st.integers(0, len(through) - 1))
-    fresh = Plan(plan.index, batch_size=plan.batch_size, seed=plan.seed, lanes=plan.lanes, window=plan.window)
+    options = {"lanes": plan.lanes, "window": plan.window, "parts": plan.parts}
+    fresh = Plan(plan.index, batch_size=plan.batch_size, seed=plan.seed, **options)
     assert np.array_equal(fresh.batch(step), through[step])
     assert np.array_equal(pickle.loads(pickle.dumps(plan)).batch(step), through[step])
 
@@ -189,7 +188,7 @@ def test_any_step_costs_the_same_in_a_set_of_a_billion() -> None:
     assert max(calls.values()) < 2 * min(calls.values()) < 10**4
 
 
-def test_a_step_permutes_the_shards_and_the_open_windows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_permutes_the_parts_and_the_open_windows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     permuted: list[int] = []
 
     class Counting:
@@ -201,68 +200,39 @@ def test_a_step_permutes_the_shards_and_the_open_windows_only(monkeypatch: pytes
             return self._inner.permutation(things)
 
     monkeypatch.setattr("pipelines.plan.generator", Counting)
-    plan = Plan(index_from_counts([100] * 1000), batch_size=64, seed=1, lanes=8, window=4)
+    plan = Plan(index_from_counts([100] * 1000), batch_size=64, seed=1, lanes=8, window=2, parts=3)
     for step in (0, 10**6, 10**12):
         permuted.clear()
         plan.batch(step)
-        assert sum(size == 1000 for size in permuted) <= 1
-        assert sum(size for size in permuted if size != 1000) <= 2 * 8 * 4 * 100
+        assert sum(size == 3000 for size in permuted) <= 1
+        assert sum(size for size in permuted if size != 3000) <= 2 * 8 * 2 * 100
 
 
-@pytest.mark.parametrize(("shards", "each"), [(200, 50), (1000, 10), (320, 40)])
-def test_a_place_says_less_of_its_shard_than_behind_a_buffer_of_equal_memory(shards: int, each: int) -> None:
-    """Rank correlation of position and shard, shards ranked as an epoch lays them out; webdataset's own shuffle.
-
-    In sets that are large beside the memory: a buffer that holds most of a set is a full shuffle.
-    """
-    lanes, window = 8, 4
-    plan = Plan(index_from_counts([each] * shards), batch_size=64, seed=5, lanes=lanes, window=window)
-    for epoch in range(3):
-        laid_out = [
-            piece.shard
-            for lane, windows in windows_of(plan, epoch).items()
-            for number in range(windows)
-            for piece in plan.pieces(Window(epoch, lane, number))
-        ]
-        ours = np.concatenate(epoch_of(plan, epoch)) // each
-        shuffled = random.Random(epoch)
-        sequence = shuffled.sample(range(shards), shards)
-        room = lanes * window * each
-        source = (shard for shard in sequence for _ in range(each))
-        buffered = np.array(list(_shuffle(source, bufsize=room, initial=room, rng=shuffled)))
-        assert np.array_equal(np.sort(buffered), np.sort(ours))
-        correlation = abs(rank_correlation(ours, laid_out))
-        assert correlation < 0.2
-        assert correlation < abs(rank_correlation(buffered, sequence)) / 2
-
-
-def windows_of(plan: Plan, epoch: int) -> dict[int, int]:
-    """Number of windows by lane."""
-    windows: dict[int, int] = {}
-    for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
-        for span in plan.spans(step, 0, plan.size(step)):
-            windows[span.window.lane] = max(windows.get(span.window.lane, 0), span.window.number + 1)
-    return dict(sorted(windows.items()))
-
-
-def rank_correlation(shards: np.ndarray, sequence: list[int]) -> float:
-    rank = {shard: i for i, shard in enumerate(dict.fromkeys(sequence))}
-    return float(spearmanr(np.arange(len(shards)), [rank[shard] for shard in shards.tolist()])[0])
-
-
-def test_memory_is_shards_plus_open_windows_in_a_set_of_a_billion() -> None:
+def test_memory_is_parts_plus_open_windows_in_a_set_of_a_billion() -> None:
     index = index_from_counts([10**4] * 10**5)
     _ = index.offsets
     tracemalloc.start()
     try:
-        plan = Plan(index, batch_size=4096, seed=1, lanes=8, window=4)
+        plan = Plan(index, batch_size=4096, seed=1, lanes=8, window=4, parts=4)
         for step in (0, 10**6, plan.steps_per_epoch - 1, plan.steps_per_epoch, 5 * 10**8):
             plan.batch(step)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    shards, windows = 8 * 10**5, 8 * 8 * 4 * 10**4  # bytes of an int64 per shard; per sample of 8 windows of 4 shards
-    assert peak < 8 * shards + 3 * windows  # a permutation of the samples alone would take 8 GB
+    parts, windows = 8 * 4 * 10**5, 8 * 8 * 4 * 10**4  # bytes of an int64 a part; a sample of 8 windows of 4 shards
+    assert peak < 12 * parts + 3 * windows  # a permutation of the samples alone would take 8 GB
+
+
+@given(counts=COUNTS, parts=st.integers(1, 5), epoch=st.integers(0, 5))
+def test_a_shard_is_cut_into_equal_parts_at_places_of_their_own(counts: list[int], parts: int, epoch: int) -> None:
+    plan = Plan(index_from_counts(counts), batch_size=4, seed=1, lanes=1, window=1, parts=parts)
+    windows = -(-sum(min(count, parts) for count in counts) // parts)
+    pieces = [piece for number in range(windows) for piece in plan.pieces(Window(epoch, 0, number))]
+    for shard, count in enumerate(counts):
+        cut = sorted((piece.first, piece.last) for piece in pieces if piece.shard == shard)
+        assert [first for first, _ in cut] == [0, *(last for _, last in cut[:-1])] and cut[-1][1] == count
+        sizes = [last - first for first, last in cut]
+        assert len(sizes) == min(count, parts) and max(sizes) - min(sizes) <= 1
 
 
 @given(batch_size=st.integers(1, 300), world=WORLDS, largest=st.integers(1, 64))
@@ -304,6 +274,7 @@ def test_offsets_locate_every_sample(plan: Plan, world: int) -> None:
         ({"batch_size": 0}, "batch_size: 0"),
         ({"lanes": 0}, "lanes: 0"),
         ({"window": -1}, "window: -1"),
+        ({"parts": 0}, "parts: 0"),
         ({"seed": -1}, "seed: -1"),
     ],
 )

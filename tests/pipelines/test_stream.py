@@ -258,7 +258,7 @@ def test_the_default_limit_is_ten_in_a_small_set(tmp_path: Path, make_set: MakeS
 def test_a_window_without_a_good_sample_stops_the_run(tmp_path: Path, make_set: MakeSet) -> None:
     make_set(tmp_path, [4, 4])
     (tmp_path / "000.tar").unlink()
-    plan = plan_of(tmp_path, batch_size=1, lanes=1, window=1)
+    plan = Plan(read_index(tmp_path), batch_size=1, seed=3, lanes=1, parts=1)
     with open_stream(plan, tmp_path) as stream, pytest.raises(DataError, match=r"no good sample in 000\.tar"):
         read_epochs(stream, plan)
 
