@@ -1,85 +1,98 @@
-"""`ray job submit` against a head that runs already, at another world size and ZeRO stage than the twin's."""
+"""`slotforge submit` and `ray job submit` against a head that runs already, at another world size and ZeRO stage."""
 
 import os
 import re
 import secrets
-import socket
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from nodes import free_port
 from runs import PATIENCE, Run, wait
 
 ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+DASHBOARD = re.compile(r"RAY_API_SERVER_ADDRESS='(http://[^']+)'")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+@dataclass
+class Head:
+    """A head; the address of its dashboard, and what its users set."""
+
+    address: str
+    environment: dict[str, str]
 
 
 @pytest.fixture
-def head(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head with a token of its own; its dashboard's address."""
+def head(home: Path) -> Iterator[Head]:
+    """A head with a token of its own."""
     token = home / "head-token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "start", "--head", "--block", "--port=0", "--num-cpus=2", "--dashboard-port=0"]
-    command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default is taken where another Ray runs
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    users = {**inherited, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "COLUMNS": "200"}
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])  # an activated environment
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
+    command += ["--port=0", "--dashboard-port=0", "--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
+    command += [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "ray-client-server-port")]
     log = home / "head.log"
     with log.open("w") as file:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # an activated environment
-        environment = {**os.environ, "SLOTFORGE_HOME": str(home), "COLUMNS": "200", "PATH": path}
         process = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env={**users, "SLOTFORGE_HOME": str(home), "PATH": path},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-    address: list[str] = []
-
-    def started() -> bool:
-        address[:] = re.findall(r"RAY_API_SERVER_ADDRESS='(http://[^']+)'", log.read_text())
-        return bool(address) or process.poll() is not None
-
-    wait(started)
-    assert address, log.read_text()
-    yield address[0]
+    wait(lambda: DASHBOARD.search(log.read_text()) is not None or process.poll() is not None)
+    found = DASHBOARD.search(log.read_text())
+    assert found, log.read_text()
+    yield Head(found[1], users)
     process.terminate()
     process.wait(timeout=60)
 
 
-def submit(address: str, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
-    """`ray job submit`, as a user types it. A head takes jobs a few seconds after it has told its address."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", *arguments]
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
-            return done
-
-
-def test_a_submitted_job_runs_the_same_recipe_and_sees_the_same_data(twin: tuple[Run, str], head: str) -> None:
+def test_a_job_that_is_stopped_saves_and_the_next_goes_on_with_it(twin: tuple[Run, str], head: Head) -> None:
     undisturbed, _ = twin
-    run = Run(undisturbed.home, "submitted")
-    other = ["parallel.workers={min: 1, max: 1}", "parallel.zero_stage=3"]
-    arguments = run.command(*(part for override in other for part in ("--set", override)))[1:]
-    done = submit(head, ["python", *arguments])
+    run = Run(undisturbed.home, "submitted", ("parallel.workers={min: 1, max: 1}", "parallel.zero_stage=3"))
+    _, _, module, _, recipe, *overrides = run.command()
+    assert module == "orchestration.train"
+
+    ours = [str(BIN / "slotforge"), "submit", recipe, *overrides, "--address", head.address, "--retries", "3"]
+    with subprocess.Popen(
+        ours, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as submission:
+        run.wait_for_step(60, submission)
+        submission.send_signal(signal.SIGINT)
+        output, _ = submission.communicate(timeout=PATIENCE)
+    assert submission.returncode == 130, output  # and it was not submitted again
+    assert "asking submitted-" in output and "was stopped" in output
+    assert "training from step 0 on 1 workers" in output, "the ranks' own log is shown"
+    saved = run.newest_step()
+    assert 60 <= saved < 600
+    assert f"the newest checkpoint is of step {saved}" in output
+
+    # The same, as Ray's own command takes it.
+    rays = [str(BIN / "ray"), "job", "submit", "--address", head.address, "--working-dir", str(ROOT), "--"]
+    again = ["python", "-m", module, "--recipe", recipe, *overrides]
+    done = subprocess.run(
+        [*rays, *again], env=head.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"training from step {saved} on 1 workers" in done.stdout
     assert "FG-ARI on 90 held-out scenes" in done.stdout
 
-    ours, theirs = run.curves(), undisturbed.curves()
+    mine, theirs = run.curves(), undisturbed.curves()
     for name in ("loss/total", "loss/reconstruction", "train/gradient_norm"):
-        (step, first), (_, second) = ours[name][0], theirs[name][0]
+        (step, first), (_, second) = mine[name][0], theirs[name][0]
         assert step == 10
         assert first == pytest.approx(second, rel=1e-5), name
-    assert {name: [step for step, _ in points] for name, points in ours.items()} == {
+    assert {name: [step for step, _ in points] for name, points in mine.items()} == {
         name: [step for step, _ in points] for name, points in theirs.items()
     }
-    assert {value for _, value in ours["train/world_size"]} == {1.0}
+    assert {value for _, value in mine["train/world_size"]} == {1.0}
     assert {value for _, value in theirs["train/world_size"]} == {2.0}
