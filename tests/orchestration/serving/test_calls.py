@@ -110,7 +110,6 @@ def test_nobody_is_forgotten_between_two_calls() -> None:
     async def client(calls: Calls, turns: int) -> None:
         for _ in range(turns):
             await calls.answer(work(0))
-            await asyncio.sleep(0)
 
     async def crowd() -> None:
         calls = Calls(call, batch=2, at_once=1)
