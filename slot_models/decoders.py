@@ -6,6 +6,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from slot_models.broadcast import Broadcast, convolution_taps
 from slot_models.checks import check_choice, check_positive, check_shape, check_slots
@@ -22,8 +23,10 @@ class Decoded(NamedTuple):
 
     reconstruction: float [B, C, H, W], of an image, or of features on a grid of patches.
     masks: float [B, K, H, W], each slot's share of each position; dropped slots have none.
-    pictures: float [B, K, C, H, W], what each slot draws; None where slots draw nothing of their own.
-    mask_logits: float [B, K, H, W], before the softmax over slots; None likewise.
+    pictures: float [B, K, C, H, W], what each slot draws; None where slots draw nothing of their own. In evaluation a
+        dropped slot's is zero.
+    mask_logits: float [B, K, H, W], before the softmax over slots; None likewise. In evaluation a dropped slot's mean
+        nothing.
     """
 
     reconstruction: Tensor
@@ -68,14 +71,19 @@ class Decoder(nn.Module):
 class MixtureDecoder(Decoder):
     """Every slot draws a picture and mask logits on its own; the reconstruction mixes the pictures of the kept ones.
 
-    Mixture and softmax are in float32 at least, under autocast too.
+    Mixture and softmax are in float32 at least, under autocast too. In evaluation mode dropped slots are not decoded,
+    so the mixture is the published one's limit for an epsilon of 0 (see masked_mixture).
 
     Args:
-        mixture_eps: of masked_mixture; 0 leaves no trace of a dropped slot's mask.
+        mixture_eps: of masked_mixture, in training; 0 leaves no trace of a dropped slot's mask.
 
     Raises:
         ValueError: it is negative.
     """
+
+    recompute = False
+    """Set to True, one slot after the other is decoded, and again in the backward pass, so that the activations of one
+    are in memory rather than of all. The result is the same; a step takes one more forward pass of the decoder."""
 
     def __init__(self, slot_dim: int, mixture_eps: float = MIXTURE_EPS) -> None:
         super().__init__(slot_dim)
@@ -90,10 +98,36 @@ class MixtureDecoder(Decoder):
     def forward(self, slots: Tensor, keep: Tensor, target: Tensor | None = None) -> Decoded:
         """See Decoder; the target is not looked at."""
         self.check(slots, keep)
-        pictures, mask_logits = map(at_least_float, self.decode(slots))
-        masks = masked_mixture(mask_logits, keep, self.mixture_eps)  # [B, K, H, W]
+        if self.training:
+            pictures, mask_logits = self._recomputed(slots) if self.recompute else self.decode(slots)
+        else:
+            pictures, mask_logits = self._decode_kept(slots, keep.detach() > 0)
+        pictures, mask_logits = at_least_float(pictures), at_least_float(mask_logits)
+        masks = masked_mixture(mask_logits, keep, self.mixture_eps if self.training else 0.0)  # [B, K, H, W]
         reconstruction = (masks[:, :, None] * pictures).sum(dim=1)  # [B, C, H, W]; no einsum: autocast would round it
         return Decoded(reconstruction, masks, pictures, mask_logits)
+
+    def _recomputed(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [
+            checkpoint(self.decode, slot, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+            for slot in torch.split(slots, 1, dim=1)
+        ]
+        pictures, mask_logits = zip(*parts, strict=True)
+        return torch.cat(pictures, dim=1), torch.cat(mask_logits, dim=1)
+
+    def _decode_kept(self, slots: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """What the kept slots (bool [B, K]) draw, and nothing for the others: the kept ones of all images together.
+
+        A traced graph, which knows no values, decodes all; so does a backward pass, for the slope of keeping a slot.
+        """
+        traced = torch.compiler.is_compiling()
+        if traced or torch.is_grad_enabled() or bool(kept.all()) or not bool(kept.any()):
+            pictures, mask_logits = self.decode(slots)
+            return pictures * kept[:, :, None, None, None], mask_logits
+        parts = self.decode(slots[kept][None])  # [1, kept slots, ...]
+        pictures, mask_logits = (part.new_zeros(*kept.shape, *part.shape[2:]) for part in parts)
+        pictures[kept], mask_logits[kept] = (part.squeeze(0) for part in parts)
+        return pictures, mask_logits
 
 
 class SpatialBroadcastDecoder(MixtureDecoder):

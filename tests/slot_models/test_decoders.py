@@ -164,6 +164,77 @@ def test_every_parameter_gets_a_gradient(kind: str) -> None:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+each_mixture = pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "transformer"])
+
+
+@each_mixture
+def test_in_evaluation_dropped_slots_are_not_decoded_and_the_rest_is_as_if_they_were(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, slots, keep = build(kind), normal(3, 4, 5), some_kept(3, 4, 1)
+    kept = keep > 0
+    assert 0 < kept.sum() < 12
+    assert isinstance(decoder, MixtureDecoder)
+    decode, seen = decoder.decode, []
+
+    def watched(given: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(given.flatten(0, 1))
+        return decode(given)
+
+    monkeypatch.setattr(decoder, "decode", watched)
+    with torch.no_grad():
+        published = decoder(slots, keep)
+        lost = slack(decoder, slots, keep)
+        decoder.mixture_eps = 0.0
+        exact = decoder(slots, keep)
+        decoder.mixture_eps, seen[:] = 1e-5, []
+        evaluated = decoder.eval()(slots, keep)
+        assert len(seen) == 1 and torch.equal(seen[0], slots[kept])
+        every = decoder(slots, torch.ones_like(keep))
+    for part in ("reconstruction", "masks"):
+        assert distance(getattr(evaluated, part), getattr(exact, part)) <= 1e-12
+    assert ((evaluated.masks - published.masks).abs() <= 1.1 * lost).all()
+    assert distance(evaluated.pictures[kept], exact.pictures[kept]) <= 1e-12
+    assert (evaluated.pictures[~kept] == 0).all() and torch.equal(every.pictures, exact.pictures)
+
+    differentiable = decoder(slots, keep.requires_grad_())  # with the slope of keeping a dropped slot
+    assert distance(differentiable.reconstruction, evaluated.reconstruction) <= 1e-12
+    (slope,) = torch.autograd.grad(differentiable.reconstruction.square().sum(), keep)
+    assert (slope[~kept] != 0).all()
+
+
+@each_mixture
+def test_an_image_may_keep_nothing_in_evaluation(kind: str) -> None:
+    decoder = build(kind).eval()
+    with torch.no_grad():
+        for keep in (torch.zeros(2, 3), torch.tensor([[0.0, 0, 0], [1, 0, 0]])):
+            decoded = decoder(normal(2, 3, 5), keep.double())
+            assert all((part[keep.sum(dim=1) == 0] == 0).all() for part in decoded[:3])
+            assert all(part.isfinite().all() for part in decoded)
+
+
+@each_mixture
+def test_recomputing_changes_neither_values_nor_gradients_and_holds_one_slots_activations(kind: str) -> None:
+    decoder = build(kind)
+    assert isinstance(decoder, MixtureDecoder)
+    leaves = dict(decoder.named_parameters()) | {"slots": normal(2, 4, 5).requires_grad_()}
+    keep, target = some_kept(2, 4, 1), target_of(decoder, 2)
+
+    def step() -> tuple[list[Tensor], int]:
+        held: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda kept: held.append(kept.numel()) or kept, lambda kept: kept
+        ):
+            decoded = decoder(leaves["slots"], keep, target)
+        loss = (decoded.reconstruction - target).square().sum()
+        return [decoded.reconstruction, *gradients(loss, leaves).values()], sum(held)
+
+    (plain_values, plain_held), decoder.recompute = step(), True
+    values, held = step()
+    assert len(values) == 1 + len(leaves) and held < plain_held
+    assert all(distance(mine, theirs) <= 1e-12 for mine, theirs in zip(values, plain_values, strict=True))
+
+
 @each_decoder
 def test_a_graph_is_exported_for_any_batch(kind: str) -> None:
     decoder = build(kind)
