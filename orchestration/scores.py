@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,8 @@ class Scores:
         means = {name: float(column.mean()) for name, column in told.items() if len(column)}
         return Evaluation(images=self.images, means=means, counts=self._counts())
 
-    def estimates(self) -> dict[str, Estimate]:
+    @cached_property
+    def estimates(self) -> Mapping[str, Estimate]:
         """Each metric with its interval; a metric that no image has is left out. The same numbers each time."""
         found = {}
         for name, column in self.per_image().items():
@@ -148,10 +150,10 @@ def difference_bound(candidate: Values, champion: Values, confidence: float) -> 
         confidence: that the difference is above the bound.
 
     Returns:
-        (NaN, NaN) where there are fewer than two images.
+        (NaN, NaN) where there are fewer than two images, or a value is not finite.
     """
     difference = candidate - champion
-    if len(difference) < 2:
+    if len(difference) < 2 or not np.isfinite(difference).all():
         return math.nan, math.nan
     return float(difference.mean()), _bootstrap(np.mean, (difference,), confidence, "greater")[0]
 

@@ -1,7 +1,7 @@
 """Who is champion: decided on the same held-out images, moved under a lock, written down where people look."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
@@ -74,7 +74,7 @@ def promote(
             if holder(client, name, CHAMPION) != before:
                 continue
             if verdict.passed:
-                _move(client, name, lock, version, before)
+                _move(client, name, lock, {PREVIOUS: before, CHAMPION: version}, before)  # the way back first
             record.conclude(client)
         return Decision(name, version, verdict.passed, verdict.reason)
 
@@ -95,7 +95,7 @@ def rollback(client: MlflowClient, name: str) -> tuple[str, str]:
             raise ValueError(f"{name}: it has no champion to take back; see its versions in MLflow")
         if before is None or before == current:
             raise ValueError(f"{name}: version {current} is the first champion, there is none to go back to")
-        _move(client, name, lock, before, current)
+        _move(client, name, lock, {CHAMPION: before, PREVIOUS: current}, current)
         when = now()
         client.set_model_version_tag(name, before, "gate", f"champion again: a rollback from version {current}, {when}")
         client.set_model_version_tag(name, current, "gate", f"not champion: a rollback to version {before}, {when}")
@@ -141,21 +141,24 @@ def holder(client: MlflowClient, name: str, alias: str) -> str | None:
         return None
 
 
-def _move(client: MlflowClient, name: str, lock: PromotionLock, version: str, before: str | None) -> None:
-    """Makes a version champion in place of the one before. Written down first: whoever is killed in between leaves a
-    difference that --check tells."""
+def _move(
+    client: MlflowClient, name: str, lock: PromotionLock, aliases: Mapping[str, str | None], before: str | None
+) -> None:
+    """Sets aliases, one after the other, if the champion is still the one before. Written down first: whoever is killed
+    in between leaves a difference that --check tells."""
     lock.check()
     if (found := holder(client, name, CHAMPION)) != before:
         raise PromotionError(
             f"{name}: somebody else moved {CHAMPION} to {_called(found)} this moment; nothing was moved, say it again"
         )
-    client.set_registered_model_tag(name, DECISION, json.dumps({CHAMPION: version, PREVIOUS: before, "when": now()}))
-    client.set_registered_model_alias(name, CHAMPION, version)
-    if before is not None:
-        client.set_registered_model_alias(name, PREVIOUS, before)
-    if (found := holder(client, name, CHAMPION)) != version:
+    client.set_registered_model_tag(name, DECISION, json.dumps({**aliases, "when": now()}))
+    for alias, version in aliases.items():
+        if version is not None:
+            client.set_registered_model_alias(name, alias, version)
+    if (found := holder(client, name, CHAMPION)) != aliases[CHAMPION]:
+        wanted = _called(aliases[CHAMPION])
         raise PromotionError(
-            f"{name}: {CHAMPION} was set to version {version} and is {_called(found)}; look who moves it"
+            f"{name}: {CHAMPION} was set to {wanted}, and now {_called(found)} holds it; look who moved it"
         )
 
 

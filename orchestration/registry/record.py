@@ -73,13 +73,13 @@ class Record:
             "champion": self.champion and self.champion.version,
             "comparison": {key: plain(value) for key, value in asdict(comparison).items()} if comparison else None,
             "figures": {
-                role: {name: figure(estimate) for name, estimate in contender.scores.estimates().items()}
+                role: {name: figure(estimate) for name, estimate in contender.scores.estimates.items()}
                 for role, contender in self._contenders()
             },
         }
 
     def _table(self) -> str:
-        columns = [contender.scores.estimates() for _, contender in self._contenders()]
+        columns = [contender.scores.estimates for _, contender in self._contenders()]
         titles = ["this version", *([f"version {self.champion.version}"] if self.champion else [])]
         lines = [
             f"**{'Champion' if self.verdict.passed else 'Not champion'}**, {self.when}: {self.verdict.reason}",

@@ -94,7 +94,7 @@ def evaluated(label: str, trained: Trained, held_out: HeldOut, slots: Sequence[i
     """
     finders = {(k, seed): trained.finder(k, seed) for k in dict.fromkeys(slots) for seed in SEEDS}
     scores = held_out.score(finders, progress, f"evaluating {label}")
-    estimates = {key: found.estimates() for key, found in scores.items()}
+    estimates = {key: found.estimates for key, found in scores.items()}
     return Report(
         label=label,
         held_out=held_out.digest,

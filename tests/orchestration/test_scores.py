@@ -44,7 +44,7 @@ def test_the_means_are_those_of_evaluation_by_sums(recipe: Recipe, data: Data) -
     scores = measured(recipe, data)
     assert scores.images == 30
     assert scores.evaluation().metrics() == pytest.approx(summed, rel=1e-9)
-    estimates = scores.estimates()
+    estimates = scores.estimates
     assert estimates.keys() == summed.keys() - {"count_error_of_best_constant"}
     for name, estimate in estimates.items():
         assert estimate.value == pytest.approx(summed[name], rel=1e-9), name
@@ -53,7 +53,7 @@ def test_the_means_are_those_of_evaluation_by_sums(recipe: Recipe, data: Data) -
 
 def test_the_same_numbers_each_time_and_an_images_do_not_depend_on_its_batch(recipe: Recipe, data: Data) -> None:
     first, again = measured(recipe, data), measured(recipe, data)
-    assert first.estimates() == again.estimates()
+    assert first.estimates == again.estimates
     for name, column in first.values.items():
         np.testing.assert_array_equal(column, again.values[name])
     # The plan deals images out to other batches of another size: told apart by their number of objects and their error.
@@ -69,7 +69,7 @@ def test_intervals_agree_with_the_textbooks() -> None:
     values = rng.beta(8, 2, 600)
     objects = rng.integers(1, 6, 600)
     kept = np.clip(objects + rng.integers(-1, 2, 600), 0, 9)
-    found = scores_of({"fg_ari": values}, kept, objects).estimates()
+    found = scores_of({"fg_ari": values}, kept, objects).estimates
 
     def agree(estimate: Estimate, low: float, high: float) -> None:
         width = high - low
@@ -89,7 +89,7 @@ def test_intervals_agree_with_the_textbooks() -> None:
 
 def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:
     rng = draw(3)
-    sets = [scores_of({"fg_ari": rng.beta(6, 2, 80)}).estimates()["fg_ari"] for _ in range(300)]
+    sets = [scores_of({"fg_ari": rng.beta(6, 2, 80)}).estimates["fg_ari"] for _ in range(300)]
     covered = sum(estimate.low <= 6 / 8 <= estimate.high for estimate in sets)
     assert 0.90 * 300 <= covered <= 0.985 * 300
 
@@ -109,22 +109,22 @@ def test_a_paired_bound_agrees_with_the_paired_t_test() -> None:
 def test_images_without_a_value_are_left_out() -> None:
     values = np.array([0.5, np.nan, 0.9, np.nan, 0.7])
     told = scores_of({"fg_ari": values, "ari": np.full(5, np.nan)})
-    assert told.estimates() == {"fg_ari": scores_of({"fg_ari": values[[0, 2, 4]]}).estimates()["fg_ari"]}
+    assert told.estimates == {"fg_ari": scores_of({"fg_ari": values[[0, 2, 4]]}).estimates["fg_ari"]}
     assert told.evaluation().means == pytest.approx({"fg_ari": 0.7})
-    counted = scores_of({"ari": values}, kept=[1, 2, 3, 3, 3], objects=[1, -1, 3, -1, 2]).estimates()
+    counted = scores_of({"ari": values}, kept=[1, 2, 3, 3, 3], objects=[1, -1, 3, -1, 2]).estimates
     assert counted["count_accuracy"].value == pytest.approx(2 / 3)
     assert counted["kept_mean"].value == pytest.approx(7 / 3)
 
 
 def test_what_never_varies_is_sure() -> None:
-    found = scores_of({"fg_ari": np.full(9, 0.3)}, kept=np.full(9, 3), objects=np.arange(9)).estimates()
+    found = scores_of({"fg_ari": np.full(9, 0.3)}, kept=np.full(9, 3), objects=np.arange(9)).estimates
     assert (found["fg_ari"].low, found["fg_ari"].high) == (pytest.approx(0.3), pytest.approx(0.3))
     assert found["count_correlation"] == Estimate(0.0, 0.0, 0.0)
     assert difference_bound(np.full(9, 0.4), np.full(9, 0.4), 0.95) == (0.0, 0.0)
 
 
 def test_one_image_has_a_value_and_no_interval() -> None:
-    (estimate,) = scores_of({"fg_ari": [0.5]}).estimates().values()
+    (estimate,) = scores_of({"fg_ari": [0.5]}).estimates.values()
     assert estimate.value == 0.5
     assert np.isnan([estimate.low, estimate.high]).all()
     assert np.isnan(difference_bound(np.ones(1), np.ones(1), 0.95)).all()

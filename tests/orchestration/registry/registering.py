@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from orchestration.assembly import Data, build_model
-from orchestration.recipe import Recipe
+from orchestration.recipe import Recipe, parse_recipe
 from orchestration.registry.held_out import HeldOut
 from orchestration.registry.promote import Decision
 from orchestration.registry.register import register
 from orchestration.registry.trained import Trained
-from orchestration.run_folder import RunFolder
+from orchestration.runs.folder import RunFolder
 from orchestration.tracking import Tracker
 
 IMAGES = np.random.Generator(np.random.Philox(key=[1, 2])).integers(0, 256, (3, 10, 10, 3), dtype=np.uint8)
@@ -37,12 +37,9 @@ def uri_of(home: Path) -> str:
 
 def named(recipe: Recipe, run: str, data: Data, **registry: Any) -> Recipe:
     """The recipe of a run of this name on these shards, with a gate."""
-    changes = {
-        "name": run,
-        "data": {"train": str(data.train), "eval": str(data.eval)},
-        "registry": {"model": NAME, **registry},
-    }
-    return Recipe.model_validate_json(recipe.model_copy(update=changes).model_dump_json())
+    fields = recipe.model_dump(mode="json")
+    data_section = {"train": str(data.train), "eval": str(data.eval)}
+    return parse_recipe({**fields, "name": run, "data": data_section, "registry": {"model": NAME, **registry}})
 
 
 def worsened(recipe: Recipe, by: float) -> Trained:
