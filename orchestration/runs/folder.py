@@ -1,11 +1,14 @@
 """A run's folder, and who the run is."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from orchestration.recipe import Recipe, RecipeError, state_home
 from orchestration.runs.storage import LocalStorage, Storage, read_json, storage_at, to_json
+
+_NOTING = threading.Lock()
 
 
 def runs_home() -> Storage:
@@ -62,8 +65,9 @@ class RunFolder:
         return facts
 
     def note(self, **facts: Any) -> None:
-        """Adds facts to run.json. Only the driver with the lease does."""
-        self.storage.write("run.json", to_json({**self.facts, **facts}))
+        """Adds facts to run.json. Only the driver with the lease does, in any of its threads."""
+        with _NOTING:
+            self.storage.write("run.json", to_json({**self.facts, **facts}))
 
     def claim(self, recipe: Recipe) -> None:
         """Makes the folder this recipe's, or checks that it is.

@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from queue import SimpleQueue
 from typing import Any
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
@@ -66,7 +67,10 @@ class Saver:
         self._allowed, self._board = allowed, board
         self._snapshot = Snapshot()
         self._unsaved: Points = []
-        self._thread: threading.Thread | None = None
+        self._jobs: SimpleQueue[tuple[int, Points, dict[str, Any]]] = SimpleQueue()
+        self._over = threading.Event()
+        self._over.set()
+        self._thread: threading.Thread | None = None  # one for all saves: starting one waits for it
         self._failure: str | None = None  # of the last save
         self._error: BaseException | None = None
         self._newest: int | None = None
@@ -90,10 +94,11 @@ class Saver:
         self._unsaved += points
         state = engine.named_state(owned=True, live=True)
         self._snapshot.take((f"{kind}/{name}", value) for name, kinds in state for kind, value in kinds.items())
-        self._thread = threading.Thread(
-            target=self._save, args=(steps, list(self._unsaved), dict(facts)), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+            self._thread.start()
+        self._over.clear()
+        self._jobs.put((steps, list(self._unsaved), dict(facts)))
 
     def wait(self, must: bool = False) -> None:
         """Until the last save is over.
@@ -106,9 +111,7 @@ class Saver:
             DivergedError: its state was not finite on some rank; it was not committed.
             LeaseLostError: the run has another driver.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._over.wait()
         if self._error is not None:
             raise self._error
         if must and self._failure is not None:
@@ -117,8 +120,13 @@ class Saver:
                 f"checkpoint there, {f'of step {self._newest}' if self._newest else 'if there is one'}"
             )
 
-    def _save(self, steps: int, points: Points, facts: dict[str, Any]) -> None:
+    def _work(self) -> None:
         """The thread."""
+        while True:
+            self._save(*self._jobs.get())
+            self._over.set()
+
+    def _save(self, steps: int, points: Points, facts: dict[str, Any]) -> None:
         try:
             word = self._written(name_of(steps, self._token), steps, points, facts)
         except BaseException as error:  # raised again by wait, on the training thread

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ class Snapshot:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._tensors: dict[str, Tensor] = {}
+        self._weights = torch.empty(0)  # all that is float32, in one piece
         self._taken: torch.cuda.Event | None = None
 
     def take(self, state: Iterable[tuple[str, Tensor]]) -> None:
@@ -45,11 +47,9 @@ class Snapshot:
 
     def not_finite(self) -> str | None:
         """The name of a tensor that is not finite."""
-        for name, tensor in self._tensors.items():
-            values = tensor.numpy()  # whose min and max are single threads, without the GIL, and pass a NaN on
-            if tensor.is_floating_point() and values.size and not np.isfinite((values.min(), values.max())).all():
-                return name
-        return None
+        if _is_finite(self._weights):
+            return None
+        return next(name for name, tensor in self._tensors.items() if not _is_finite(tensor))
 
     @property
     def content(self) -> memoryview:
@@ -57,17 +57,29 @@ class Snapshot:
         return self._memory.numpy().data
 
     def _allocate(self, state: dict[str, Tensor]) -> None:
-        header: dict[str, dict[str, object]] = {}
-        end = 0
-        for name, value in sorted(state.items(), key=lambda entry: (-entry[1].itemsize, entry[0])):  # aligned, so
-            start, end = end, end + value.nbytes
-            header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        # Large items first, so that all are aligned; each dtype in one piece.
+        names = sorted(state, key=lambda name: (-state[name].itemsize, str(state[name].dtype), name))
+        ends = list(accumulate((state[name].nbytes for name in names), initial=0))
+        spans = dict(zip(names, pairwise(ends), strict=True))
+        header = {
+            name: {"dtype": DTYPES[state[name].dtype], "shape": list(state[name].shape), "data_offsets": list(span)}
+            for name, span in spans.items()
+        }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         first = 8 + len(text)
-        self._memory = torch.empty(first + end, dtype=torch.uint8, pin_memory=any(v.is_cuda for v in state.values()))
+        on_gpu = any(value.is_cuda for value in state.values())
+        self._memory = torch.empty(first + ends[-1], dtype=torch.uint8, pin_memory=on_gpu)
         self._memory[:first] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]  # type: ignore[misc]
-            piece = self._memory[first + start : first + end]
-            self._tensors[name] = piece.view(state[name].dtype).view(state[name].shape)
+        tensors = self._memory[first:]
+        for name, (start, end) in spans.items():
+            self._tensors[name] = tensors[start:end].view(state[name].dtype).view(state[name].shape)
+        weights = [spans[name] for name in names if state[name].dtype == torch.float32]
+        if weights:
+            self._weights = tensors[weights[0][0] : weights[-1][1]].view(torch.float32)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By numpy, whose min and max are one thread's work without the GIL, and pass a NaN on."""
+    values = tensor.numpy()
+    return not tensor.is_floating_point() or not values.size or bool(np.isfinite((values.min(), values.max())).all())
