@@ -112,7 +112,7 @@ def score(
 ) -> dict[Any, Scores]:
     """Runs models over a held-out set, all in one reading, in fp32 and by deterministic kernels.
 
-    Micro batches have one shape, so an image's values do not depend on what stands beside it.
+    The same set gives the same numbers, and but for rounding an image's do not depend on what stands beside it.
 
     Args:
         models: float images [m, 3, H, W] in [-1, 1] -> SlotOutput, by any key.
