@@ -7,6 +7,7 @@ import typer
 from orchestration.clusters.cli import cluster
 from orchestration.command_line import Overrides, RecipeName, console, fail
 from orchestration.recipe import RecipeError, load_recipe
+from orchestration.registry.cli import models
 from orchestration.serving.cli import predict, serve
 from orchestration.shards.cli import shards
 from orchestration.submission.cli import submit
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(shards, name="shards")
 app.add_typer(cluster, name="cluster")
+app.add_typer(models)
 app.command(epilog="For example: slotforge submit demo --address http://localhost:8265 --retries 3")(submit)
 app.command(epilog="For example: slotforge predict photo.jpg --model models:/slotforge-demo@champion")(predict)
 app.command(epilog="For example: slotforge serve --model models:/slotforge-demo@champion --port 8000")(serve)
