@@ -196,11 +196,11 @@ def test_credentials_come_from_netrc(server: FaultyServer, tmp_path: Path, monke
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login anna password word\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    from pipelines import sources
+    from pipelines.sources import http
 
-    sources._credentials.cache_clear()
+    http._credentials.cache_clear()
     quick().read(join(server.url, "a.tar"))
-    sources._credentials.cache_clear()
+    http._credentials.cache_clear()
     assert server.headers[-1]["authorization"] == "Basic YW5uYTp3b3Jk"
 
 
