@@ -1,0 +1,142 @@
+"""Several resizes in a row, through real checkpoints, over real process groups: promise 3 of the design.
+
+At each one a plain process goes on from the same checkpoint: that is the run which was not resized.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestration.agreement import open_board
+from orchestration.assembly import Data, build_model, training_stream
+from orchestration.curves import Curves
+from orchestration.engine import DeepSpeedEngine, Engine, PlainEngine, Precision
+from orchestration.recipe import Recipe, parse_recipe
+from orchestration.runs.checkpoints import committed, newest_valid, restore
+from orchestration.runs.saver import Saver
+from orchestration.runs.storage import storage_at
+from orchestration.schedule import Schedule
+from orchestration.worker import Hook, StepReport, train
+from pipelines import micro_batches
+
+pytestmark = pytest.mark.slow
+ROUTE = [(2, 2), (5, 3), (1, 0), (3, 1), (2, 2)]
+"""(workers, ZeRO stage) of each attempt. An epoch is 12 steps of 18 samples, the last of 2: fewer than 5 workers."""
+SEGMENT = 6
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+Curve = dict[str, list[float]]
+
+
+class Enough(Exception):
+    """So many steps were asked for."""
+
+
+def changed(recipe: Recipe) -> Recipe:
+    fields = recipe.model_dump(mode="json")
+    fields["train"] |= {"steps": 100, "batch_size": 18, "micro_batch": 2, "clip_norm": 0.05, "gate_from": 3}
+    return parse_recipe(fields)
+
+
+def steps(
+    engine: Engine, recipe: Recipe, data: Data, start: int, last: int, rank: int, world: int, save: Hook | None = None
+) -> Curve:
+    """Trains steps ``start`` to ``last``; the curves, a value for each step."""
+    curves = Curves(engine, 1, recipe.model.num_slots)
+
+    def enough(report: StepReport) -> None:
+        if report.done == last:
+            if save is not None:
+                save(report)
+            raise Enough
+
+    noise = engine.module.noise_shapes()
+    with training_stream(recipe, data.train, noise, rank, world) as stream, pytest.raises(Enough):
+        train(engine, stream, Schedule(recipe.train), start=start, hooks=[curves.record, enough])
+    found: Curve = {}
+    for name, value, _, _ in curves.take():
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def attempt(rank: int, world: int, stage: int, number: int, folder: Path, fields: str, data: Data) -> None:
+    """One rank of an attempt: goes on from the newest checkpoint, and saves after so many steps."""
+    torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{number}", rank=rank, world_size=world
+    )
+
+    def agree(decide: object) -> object:
+        decision = [decide() if rank == 0 else None]  # type: ignore[operator]
+        torch.distributed.broadcast_object_list(decision)
+        return decision[0]
+
+    recipe = Recipe.model_validate_json(fields)
+    board = open_board(rank, world, "127.0.0.1", agree)  # type: ignore[arg-type]
+    for precision in PRECISIONS:
+        storage = storage_at(folder / precision)
+        checkpoint = agree(lambda storage=storage: newest_valid(storage))
+        model = build_model(recipe)
+        start = number * SEGMENT
+        assert (checkpoint.steps if checkpoint else 0) == start
+        moments = restore(checkpoint, model) if checkpoint else None
+        engine = DeepSpeedEngine(
+            model,
+            micro_batches=micro_batches(recipe.train.batch_size, world, recipe.train.micro_batch)[0],
+            zero_stage=stage,
+            clip_norm=recipe.train.clip_norm,
+            precision=precision,
+        )
+        if moments is not None:
+            engine.load_moments(moments, start)
+        saver = Saver(storage, f"{precision}{number}", rank, world, lambda: None, board)
+
+        def save(report: StepReport, saver: Saver = saver, engine: DeepSpeedEngine = engine) -> None:
+            saver.save(report.done, engine, [], {})
+
+        curve = steps(engine, recipe, data, start, start + SEGMENT, rank, world, save)
+        saver.wait(must=True)
+        torch.distributed.barrier()
+        torch.save(curve, folder / f"{precision}-{number}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(recipe: Recipe, data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the attempts of the route did."""
+    folder = tmp_path_factory.mktemp("route")
+    fields = changed(recipe).model_dump_json()
+    for number, (world, stage) in enumerate(ROUTE):
+        arguments = (world, stage, number, folder, fields, data)
+        torch.multiprocessing.spawn(attempt, args=arguments, nprocs=world)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(ROUTE)))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_after_every_resize_the_run_goes_on_as_if_there_had_been_none(
+    folder: Path, recipe: Recipe, data: Data, number: int, precision: Precision
+) -> None:
+    recipe = changed(recipe)
+    world, _ = ROUTE[number]
+    ours = torch.load(folder / f"{precision}-{number}-0.pt")
+    model = build_model(recipe)
+    start = number * SEGMENT
+    before = [checkpoint for checkpoint in committed(storage_at(folder / precision)) if checkpoint.steps == start]
+    moments = restore(before[0], model) if before else None
+    assert bool(before) == (number > 0)
+    engine = PlainEngine(model, clip_norm=recipe.train.clip_norm, precision=precision)
+    if moments is not None:
+        engine.load_moments(moments, start)
+    theirs = steps(engine, recipe, data, start, start + 5, 0, 1)
+
+    wide = precision == "bf16"
+    for name in ("loss/total", "loss/reconstruction"):
+        assert ours[name][0] == pytest.approx(theirs[name][0], rel=1e-2 if wide else 1e-6), name
+        assert ours[name][:5] == pytest.approx(theirs[name], rel=1e-2 if wide else 1e-5), name
+    assert ours["train/gradient_norm"][0] == pytest.approx(theirs["train/gradient_norm"][0], rel=2e-2 if wide else 1e-5)
+    assert ours["slots/kept_mean"][:5] == pytest.approx(theirs["slots/kept_mean"], rel=1e-2 if wide else 1e-6)
+    assert ours["train/world_size"] == [world] * SEGMENT
+    assert max(theirs["train/gradient_norm"]) > recipe.train.clip_norm, "nothing was clipped"
