@@ -109,14 +109,14 @@ class Run:
     def run_id(self) -> str:
         return str(json.loads((self.folder / "run.json").read_text())["mlflow"]["run"])
 
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
+    def curves(self, run_id: str | None = None) -> dict[str, list[tuple[int, float]]]:
         """All points of what training computes; those of time and speed are never the same twice."""
-        names = self.client.get_run(self.run_id).data.metrics
+        names = self.client.get_run(run_id or self.run_id).data.metrics
         kept = [name for name in names if name.startswith(("loss/", "slots/", "eval/", "train/", "final/"))]
-        return {name: self.points(name) for name in kept}
+        return {name: self.points(name, run_id) for name in kept}
 
-    def points(self, name: str) -> list[tuple[int, float]]:
-        return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run_id, name))
+    def points(self, name: str, run_id: str | None = None) -> list[tuple[int, float]]:
+        return sorted((m.step, m.value) for m in self.client.get_metric_history(run_id or self.run_id, name))
 
 
 def wait(condition: Callable[[], bool]) -> None:
