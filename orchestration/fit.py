@@ -1,4 +1,4 @@
-"""Trains by Ray Train, while the driver shows progress and sends committed points to MLflow."""
+"""Trains by Ray Train, while the driver shows progress."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from mlflow.exceptions import MlflowException
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from rich.progress import Progress
 
@@ -22,7 +21,8 @@ from orchestration.rank import FINAL_ERRORS, train_rank
 from orchestration.recipe import Recipe, state_home
 from orchestration.runs.checkpoints import committed
 from orchestration.runs.folder import RunFolder
-from orchestration.tracking import Tracker
+from orchestration.terminal import tell
+from orchestration.tracking.sender import Sender
 
 POLL_SECONDS = 0.5
 RESIZE_SECONDS = 30.0  # between looks for room for more workers
@@ -37,17 +37,17 @@ GROUP_START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Elastic: a node that has just died is still counted for a while, and a start on it only times out."""
 
 
-def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, tracker: Tracker, progress: Progress) -> None:
+def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, sender: Sender, progress: Progress) -> None:
     """Trains a run from its newest checkpoint to its end, on the Ray that is connected.
 
     Raises:
-        TrainingError: training has stopped for good.
+        TrainingError: training has stopped for good; or it is done, and MLflow has not taken all that is to be shown.
         KeyboardInterrupt: it was asked to stop, and has saved; says where.
     """
     mailbox = open_mailbox(folder.facts.get("micro_batch"))
     training = _Training(_trainer(recipe, data, folder, lease, mailbox))
-    watch = _Watch(mailbox, training, folder, tracker, progress, recipe.train.steps)
-    tracker.status("RUNNING")
+    watch = _Watch(mailbox, training, folder, progress, recipe.train.steps)
+    sender.status("RUNNING")
     try:
         training.start()
         try:
@@ -65,14 +65,16 @@ def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, tracker: Trac
                 f"{training.error}"
             )
     except (KeyboardInterrupt, TrainingError) as stop:
-        if watch.send():  # an MLflow that is down does not hide why the run stopped
-            tracker.status("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
+        sender.close("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
         if isinstance(stop, KeyboardInterrupt):
             raise KeyboardInterrupt(f"the newest checkpoint is of step {_newest_step(folder)}") from None
         raise
     watch.close()
-    tracker.send_committed()
-    tracker.status("FINISHED")
+    if not sender.close("FINISHED"):
+        raise TrainingError(
+            "tracking.uri: the run is trained and saved, but MLflow has not taken all of its curves; once it does, the "
+            "same command sends the rest, evaluates the model and registers it"
+        )
 
 
 def _trainer(recipe: Recipe, data: Data, folder: RunFolder, lease: int, mailbox: Any) -> Trainer:
@@ -136,15 +138,11 @@ class _Training:
 
 
 class _Watch:
-    """Shows what the ranks do, and sends what they have committed."""
+    """Shows what the ranks do."""
 
-    def __init__(
-        self, mailbox: Any, training: _Training, folder: RunFolder, tracker: Tracker, progress: Progress, steps: int
-    ) -> None:
-        self._mailbox, self._training, self._folder = mailbox, training, folder
-        self._tracker, self._progress = tracker, progress
+    def __init__(self, mailbox: Any, training: _Training, folder: RunFolder, progress: Progress, steps: int) -> None:
+        self._mailbox, self._training, self._folder, self._progress = mailbox, training, folder, progress
         self._bar = progress.add_task("starting workers", total=steps)
-        self._outage = False
         self.news = News()
 
     def until(self, over: Callable[[], bool]) -> None:
@@ -156,23 +154,10 @@ class _Watch:
         while not over():
             finished = self._training.finished.wait(POLL_SECONDS)
             self._look()
-            self.send()
             if self.news.failure is not None:
                 self._fail()
             if finished:
                 return
-
-    def send(self) -> bool:
-        """Sends what is committed, if it can: an MLflow that does not answer costs a warning, and the points wait."""
-        try:
-            self._tracker.send_committed()
-        except (MlflowException, OSError) as error:  # or the storage of the run
-            if not self._outage:
-                self._say(f"MLflow does not take points now, they wait: {error}", "yellow")
-            self._outage = True
-            return False
-        self._outage = False
-        return True
 
     def close(self) -> None:
         self._progress.remove_task(self._bar)
@@ -203,7 +188,7 @@ class _Watch:
         raise TrainingError(message)
 
     def _say(self, text: str, style: str) -> None:
-        self._progress.console.print(text, style=style, highlight=False, markup=False)
+        tell(self._progress, text, style)
 
 
 def _newest_step(folder: RunFolder) -> int:

@@ -32,6 +32,11 @@ def read_progress(line: str) -> tuple[int, int | None, str] | None:
     return int(found["done"]), None if found["total"] == "?" else int(found["total"]), found["text"]
 
 
+def tell(progress: Progress, text: str, style: str) -> None:
+    """A line above the bars, as it stands: brackets in it are not Rich's markup."""
+    progress.console.print(text, style=style, highlight=False, markup=False)
+
+
 def complain(message: str) -> None:
     """An error, as it stands: brackets in it are not Rich's markup."""
     Console(stderr=True, soft_wrap=True).print(f"slotforge: {message}", style="red", highlight=False, markup=False)

@@ -18,7 +18,7 @@ from orchestration.mailbox import TrainingError
 from orchestration.recipe import Recipe, RecipeError, load_recipe, recipe_names
 from orchestration.runs.folder import RunFolder
 from orchestration.runs.lease import Lease, LeaseHeldError, LeaseLostError
-from orchestration.terminal import complain, new_progress
+from orchestration.terminal import complain, new_progress, tell
 
 INTERRUPTED = 130
 
@@ -48,8 +48,10 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> Non
     from orchestration.prepare import check_data, data_folders, is_prepared, prepare
     from orchestration.runs.checkpoints import newest_valid
     from orchestration.show import report
-    from orchestration.tracking import Tracker
+    from orchestration.tracking import Tracker, tracking_uri
+    from orchestration.tracking.sender import Sender
 
+    tracking_uri(recipe)  # raises before anything starts
     newest = newest_valid(folder.checkpoints)
     if newest is None or newest.steps < recipe.train.steps or not is_prepared(recipe):
         console.print(f"run [bold]{recipe.name}[/]: starting Ray")
@@ -59,15 +61,17 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> Non
             prepare(recipe, progress)
             digests = check_data(recipe)
             _pin_data(folder, digests)
-            tracker = Tracker(recipe, folder)
             if newest is not None:
                 console.print(f"run [bold]{recipe.name}[/]: going on from step {newest.steps}")
-            fit(recipe, data_folders(recipe), folder, lease, tracker, progress)
+            with Sender(lambda: Tracker(recipe, folder), [], lambda text, style: tell(progress, text, style)) as sender:
+                fit(recipe, data_folders(recipe), folder, lease, sender, progress)
+            assert sender.tracker is not None  # all of it has arrived
+            tracker = sender.tracker
     else:
         console.print(f"run [bold]{recipe.name}[/]: finished at step {newest.steps}; evaluating")
         _pin_data(folder, check_data(recipe))
         tracker = Tracker(recipe, folder)
-    tracker.send_committed()
+        tracker.send_committed()
     report(recipe, folder, tracker, data_folders(recipe), console)
 
 

@@ -1,50 +1,41 @@
-"""MLflow: a run's curves, once each, by one writer.
+"""The MLflow run of a run folder: its points, once each, its pictures, its status.
 
-Points are made by rank 0, travel in checkpoints, and are sent by the driver from committed checkpoints alone. A point
-that MLflow has already, from an attempt before, is not sent again.
+Points are made by rank 0, travel in checkpoints, and are sent by the driver from committed checkpoints alone. What
+MLflow has already, from a driver or a try before, is asked for and not sent again.
 """
 
 import fcntl
 import logging
-import os
+import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Set before MLflow is imported: it would phone home, and its own progress bars would break ours.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from PIL.Image import Image
 
-from orchestration.recipe import Recipe, RecipeError, state_home
+from orchestration.recipe import Recipe
 from orchestration.runs.checkpoints import DamagedCheckpointError, Points, committed, prune, put_aside
 from orchestration.runs.folder import RunFolder
+from orchestration.tracking.address import tracking_uri
 
 logger = logging.getLogger(__name__)
-for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "mlflow.tracking._model_registry.client", "alembic"):
-    logging.getLogger(noisy).setLevel(logging.WARNING)  # tables created, examples validated: not news to a user
 
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that one log_batch takes
-
-
-def tracking_uri(recipe: Recipe) -> str:
-    """One absolute URI for everybody: Ray's workers change directory, and a relative one would be a store of theirs."""
-    uri = recipe.tracking.uri
-    if uri is None:
-        state_home().mkdir(parents=True, exist_ok=True)
-        return f"sqlite:///{state_home() / 'mlflow.db'}"
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        path = uri.removeprefix("sqlite:///")
-        raise RecipeError(f"tracking.uri: {uri!r} is relative; write sqlite:///{Path(path).absolute()}")
-    return uri
+KEY = "slotforge.key"  # a tag: of one run folder alone
+IMAGES = "images"  # where MLflow keeps pictures of steps, as <key>+step+<step>+...
 
 
 class Tracker:
-    """The run in MLflow of one run folder. Used by the driver that holds the lease, and by nobody else."""
+    """The run in MLflow of one run folder. Used by the driver that holds the lease, and by nobody else.
+
+    Raises:
+        MlflowException: MLflow does not answer, or refuses.
+    """
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self.uri = tracking_uri(recipe)
@@ -58,7 +49,8 @@ class Tracker:
         else:
             self.run_id = self._create(recipe)
             folder.note(mlflow={"uri": self.uri, "run": self.run_id})
-        self._last = {name: self._last_step(name) for name in self.client.get_run(self.run_id).data.metrics}
+        self._there: dict[str, set[int]] = {}  # steps of the curves that MLflow was asked about
+        self._pictures: set[tuple[str, int]] | None = None
         self._sent: set[str] = set()
 
     @property
@@ -80,13 +72,28 @@ class Tracker:
             prune(self._folder.checkpoints, self._kept, self._sent, self._metric)
 
     def send(self, points: Points) -> None:
-        """Sends the points that are new, in the order of their steps."""
-        new = [point for point in points if point[3] > self._last.get(point[0], -1)]
+        """Sends the points of steps that their curves do not have yet, in the order they are given.
+
+        A call that fails may have arrived in part, and a step may be made again with another timestamp: what is there
+        is then asked for anew.
+        """
+        new = [point for point in points if point[3] not in self._steps(point[0])]
         for start in range(0, len(new), MOST_POINTS):
-            batch = [Metric(name, value, when, step) for name, value, when, step in new[start : start + MOST_POINTS]]
-            self.client.log_batch(self.run_id, metrics=batch)
-        for name, _, _, step in new:
-            self._last[name] = max(step, self._last.get(name, -1))
+            batch = new[start : start + MOST_POINTS]
+            try:
+                self.client.log_batch(
+                    self.run_id, metrics=[Metric(name, value, when, step) for name, value, when, step in batch]
+                )
+            except BaseException:
+                self._there.clear()
+                raise
+            for name, _, _, step in batch:
+                self._there[name].add(step)
+
+    def _steps(self, name: str) -> set[int]:
+        if name not in self._there:
+            self._there[name] = {metric.step for metric in self.client.get_metric_history(self.run_id, name)}
+        return self._there[name]
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """A curve as (step, value), in the order of its steps; empty where there is none."""
@@ -97,9 +104,29 @@ class Tracker:
         when = int(self.client.get_run(self.run_id).info.start_time)
         self.send([(name, value, when, step) for name, value in metrics.items()])
 
+    def picture(self, key: str, step: int, image: Image) -> None:
+        """A picture of a step, for MLflow's image charts; not sent where there is one."""
+        if self._pictures is None:
+            names = [entry.path.rpartition("/")[2] for entry in self.client.list_artifacts(self.run_id, IMAGES)]
+            found = (re.fullmatch(r"(.+?)\+step\+(\d+)\+.*compressed\.webp", name) for name in names)
+            self._pictures = {(match[1], int(match[2])) for match in found if match}  # the last file of a picture
+        if (key, step) not in self._pictures:
+            self.client.log_image(self.run_id, image, key=key, step=step)
+            self._pictures.add((key, step))
+
+    def tag(self, **tags: str) -> None:
+        """Sets tags, by their names without the prefix of ours."""
+        self.client.log_batch(self.run_id, tags=[RunTag(f"slotforge.{name}", value) for name, value in tags.items()])
+
     def status(self, status: str) -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
         self.client.update_run(self.run_id, status=status)
+
+    def find_or_create(self, key: str, experiment: str, name: str, tags: Mapping[str, str]) -> str:
+        """The run with this key, so that a try that was cut off does not leave a second one."""
+        found = self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+        run = found[0] if found else self.client.create_run(experiment, run_name=name, tags={KEY: key, **tags})
+        return str(run.info.run_id)
 
     def _exists(self, run_id: str) -> bool:
         try:
@@ -117,15 +144,15 @@ class Tracker:
             if experiment
             else self.client.create_experiment(recipe.tracking.experiment, artifact_location=self._artifacts())
         )
-        run = self.client.create_run(identity, run_name=recipe.name)
-        run_id: str = run.info.run_id
+        facts = self._folder.facts
+        if "key" not in facts:
+            self._folder.note(key=secrets.token_hex(8))
+        tags = {"slotforge.recipe_digest": recipe.digest(), "slotforge.folder": self._folder.url}
+        tags |= {f"slotforge.data.{name}": digest for name, digest in facts.get("data", {}).items()}
+        run_id = self.find_or_create(self._folder.facts["key"], identity, recipe.name, tags)
         params = [Param(key, str(value)) for key, value in flat(recipe.model_dump(mode="json"))]
         for start in range(0, len(params), MOST_PARAMS):
             self.client.log_batch(run_id, params=params[start : start + MOST_PARAMS])
-        tags = [RunTag("slotforge.recipe_digest", recipe.digest()), RunTag("slotforge.folder", self._folder.url)]
-        data = self._folder.facts.get("data", {})
-        tags += [RunTag(f"slotforge.data.{name}", digest) for name, digest in data.items()]
-        self.client.log_batch(run_id, tags=tags)
         self.client.log_text(run_id, recipe.yaml(), "recipe.yaml")
         return run_id
 
@@ -134,9 +161,6 @@ class Tracker:
         if not self.uri.startswith("sqlite:///"):
             return None
         return (Path(self.uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts").as_uri()
-
-    def _last_step(self, name: str) -> int:
-        return max((metric.step for metric in self.client.get_metric_history(self.run_id, name)), default=-1)
 
 
 @contextmanager

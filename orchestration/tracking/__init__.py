@@ -1,0 +1,16 @@
+"""MLflow: a run's curves, once each, and what explains them; by one writer, the driver, and off the training path."""
+
+import logging
+import os
+
+# Set before MLflow is imported: it would phone home, and its own progress bars would break ours.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+from orchestration.tracking.address import store_uri, tracking_uri
+from orchestration.tracking.tracker import Tracker, is_absent
+
+for noisy in ("mlflow.store.db.utils", "mlflow.pyfunc", "mlflow.tracking._model_registry.client", "alembic"):
+    logging.getLogger(noisy).setLevel(logging.WARNING)  # tables created, examples validated: not news to a user
+
+__all__ = ["Tracker", "is_absent", "store_uri", "tracking_uri"]
