@@ -1,13 +1,6 @@
 """From a plan to batches: every step of a run as micro batches of one shape, read ahead by a thread."""
 
-import contextlib
-import dataclasses
-import logging
-import queue
-import threading
 import time
-import weakref
-from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +10,21 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from pipelines.batches import MicroBatch, Recycled, ToDevice
 from pipelines.cache import Cache
 from pipelines.decoding import Decoded, Decoder, Decoding, InThread, Processes
 from pipelines.errors import DataError
 from pipelines.noise import Purpose, gumbel, normal
 from pipelines.order import Order, Span, micro_batches
+from pipelines.prefetch import Prefetcher
 from pipelines.reader import Fault, Reader
 from pipelines.sources import Sources, local_path
 from pipelines.tars import Raw
-from pipelines.transforms import Augmentation, on_device, to_model
+from pipelines.transforms import Augmentation, to_model
+from pipelines.verdicts import BadSamples
 
 __all__ = ["Ledger", "MicroBatch", "Stream"]
-
-logger = logging.getLogger(__name__)
 
 Ledger = Callable[[int, int, int, int, int], None]
 """Called with (step, rank, place, sample, replaced): `replaced` is the bad sample whose place it fills, or -1."""
@@ -44,58 +37,9 @@ _NOISE = {
 """What is drawn under each name."""
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """m samples of a step. Where a slice does not fill its micro batches, a sample is repeated with weight 0.
-
-    Fields:
-        images: float32 [m, 3, H, W] in [-1, 1].
-        weight: float32 [m], 1 for a sample of the batch, 0 for padding.
-        slot_noise: float32 [m, ...] standard normal, or None.
-        gate_noise: float32 [m, ...] standard Gumbel, or None.
-        input_noise: float32 [m, ...] standard normal, for what the slots look at, or None.
-        num_objects: int64 [m], -1 where unknown.
-        masks: int64 [m, H, W], 0 is background, or None.
-        ids: int64 [m], number of the sample in the set.
-        places: int64 [m], place in the step's batch.
-    """
-
-    images: Tensor
-    weight: Tensor
-    slot_noise: Tensor | None
-    gate_noise: Tensor | None
-    input_noise: Tensor | None
-    num_objects: Tensor
-    masks: Tensor | None
-    ids: Tensor
-    places: Tensor
-
-    def pin_memory(self) -> Self:
-        """The same micro batch in page-locked memory, from which a GPU copies while it computes."""
-        return self._each(Tensor.pin_memory)
-
-    def record_stream(self, stream: "torch.cuda.Stream") -> None:
-        """Its memory is not used again before what `stream` does now has ended."""
-        for field in dataclasses.fields(self):
-            if (value := getattr(self, field.name)) is not None:
-                value.record_stream(stream)
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same micro batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        changed = {
-            field.name: change(value)
-            for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) is not None
-        }
-        return dataclasses.replace(self, **changed)
-
-
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A step whose samples are being decoded, or the error that it met.
+    """A step whose samples are being decoded.
 
     Fields:
         number: of the step.
@@ -105,11 +49,10 @@ class _Begun:
     """
 
     number: int
-    first: int = 0
-    spans: list[Span] = dataclasses.field(default_factory=list)
-    windows: list[Mapping[int, Raw | Fault]] = dataclasses.field(default_factory=list)
-    numbers: list[int] = dataclasses.field(default_factory=list)
-    error: BaseException | None = None
+    first: int
+    spans: list[Span]
+    windows: list[Mapping[int, Raw | Fault]]
+    numbers: list[int]
 
     def place(self, row: int) -> tuple[Span, int, Mapping[int, Raw | Fault]]:
         """Of a sample: its span, its entry in the span's window, and what that window holds."""
@@ -122,12 +65,11 @@ class _Begun:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that is ready with (place, sample, replaced) of each entry, or the error that its making met."""
+    """A step that is ready, with (place, sample, replaced) of each entry; on a GPU once `copied` has come."""
 
     number: int
     micro_batches: list[MicroBatch]
     entries: list[tuple[int, int, int]]
-    error: BaseException | None = None
     copied: "torch.cuda.Event | None" = None
 
 
@@ -163,7 +105,6 @@ class Stream:
 
     Attributes:
         num_micro_batches, micro_batch: A and m; every step is A micro batches of m samples.
-        bad: reason by number of each bad sample met so far.
         waited: seconds that `step` has spent waiting for data.
 
     Raises:
@@ -209,11 +150,10 @@ class Stream:
                 raise DataError(f"{home}: not a folder; render or ingest the shards first")
         _check_memory(plan, world, memory_limit)
         self.num_micro_batches, self.micro_batch = micro_batches(plan.batch_size, world, micro_batch)
-        self.bad: dict[int, str] = {}
         self.waited = 0.0
         self._plan, self._rank, self._world, self._seed = plan, rank, world, seed
         self._noise = dict(noise)
-        self._bad_limit = max(10, plan.index.num_samples // 100) if bad_limit is None else bad_limit
+        self._bad = BadSamples(plan.index, bad_limit)
         self._ledger = Path(ledger) if isinstance(ledger, str) else ledger
         self._sources = sources or Sources()
         self._reader = Reader(plan, str(folder), with_masks, self._sources, cache)
@@ -222,12 +162,17 @@ class Stream:
         self._decoder: Decoder = (
             Processes(decode_workers, self._decoding, rows) if decode_workers else InThread(self._decoding, rows)
         )
-        self._floats = _Recycled((self.micro_batch, 3, *plan.index.size))
+        self._floats = Recycled((self.micro_batch, 3, *plan.index.size))
         # With processes some steps are decoded while the one before them is put together.
         self._begun_ahead = 3 if decode_workers else 1
-        self._to_device = _ToDevice(torch.device(device)) if torch.device(device).type == "cuda" else None
+        self._to_device = ToDevice(torch.device(device)) if torch.device(device).type == "cuda" else None
         self._prefetch = prefetch
-        self._thread: _Prefetcher | None = None
+        self._thread: Prefetcher[_Begun, _Step] | None = None
+
+    @property
+    def bad(self) -> Mapping[int, str]:
+        """Why each bad sample met so far is one, by its number."""
+        return self._bad.reasons
 
     def batch_size(self, step: int) -> int:
         """Samples of a step over all ranks: short in the last step of an epoch."""
@@ -246,16 +191,17 @@ class Stream:
             self.close()
             self._plan.size(step)  # refuses a negative step
             self._sources.begin()
-            self._thread = _Prefetcher(self._begin, self._finish, step, self._prefetch, self._begun_ahead)
+            self._thread = Prefetcher(self._begin, self._finish, step, self._prefetch, self._begun_ahead)
         start = time.perf_counter()
-        made = self._thread.take()
-        self.waited += time.perf_counter() - start
-        if made.error is not None:
+        try:
+            made = self._thread.take()
+        except BaseException:
             self.close()
-            raise made.error
+            raise
+        self.waited += time.perf_counter() - start
         self._record(made)
-        if self._to_device is not None:
-            self._to_device.arrive(made)
+        if self._to_device is not None and made.copied is not None:
+            self._to_device.arrive(made.micro_batches, made.copied)
         return made.micro_batches
 
     def close(self) -> None:
@@ -278,24 +224,21 @@ class Stream:
 
     def _begin(self, step: int) -> _Begun:
         """Read a step's windows and have its samples decoded."""
-        try:
-            self._check_limit()  # once above the limit no later step gets by
-            begin, end = self._plan.bounds(step, self._rank, self._world)
-            # A rank without samples pads with a neighbour's: its micro batches must have the same shape.
-            low = min(begin, self._plan.size(step) - 1)
-            spans = self._plan.spans(step, low, max(end, low + 1))
-            windows, numbers, members = [], [], []
-            for span in spans:
-                window = self._reader.window(span.window)
-                planned = self._plan.order(span.window)[span.first : span.first + span.count].tolist()
-                windows.append(window)
-                numbers += planned
-                members += [self._members(window, number) for number in planned]
-            self._reader.keep({span.window.lane for span in spans})
-            self._decoder.submit(members, step, low)
-            return _Begun(step, low, spans, windows, numbers)
-        except BaseException as error:  # raised again by `step`, in its turn
-            return _Begun(step, error=error)
+        self._bad.check()  # once above the limit no later step gets by
+        begin, end = self._plan.bounds(step, self._rank, self._world)
+        # A rank without samples pads with a neighbour's: its micro batches must have the same shape.
+        low = min(begin, self._plan.size(step) - 1)
+        spans = self._plan.spans(step, low, max(end, low + 1))
+        windows, numbers, members = [], [], []
+        for span in spans:
+            window = self._reader.window(span.window)
+            planned = self._plan.order(span.window)[span.first : span.first + span.count].tolist()
+            windows.append(window)
+            numbers += planned
+            members += [self._members(window, number) for number in planned]
+        self._reader.keep({span.window.lane for span in spans})
+        self._decoder.submit(members, step, low)
+        return _Begun(step, low, spans, windows, numbers)
 
     def _members(self, window: Mapping[int, Raw | Fault], number: int) -> Mapping[str, bytes] | None:
         """What is to be decoded of a sample; None where it is known to be bad."""
@@ -304,33 +247,28 @@ class Stream:
 
     def _finish(self, begun: _Begun) -> _Step:
         """The micro batches of a step, bad samples replaced."""
-        try:
-            if begun.error is not None:
-                raise begun.error
-            step, decoded = begun.number, self._decoder.take()
-            numbers, replaced = begun.numbers.copy(), [-1] * len(begun.numbers)
-            for row, found in enumerate(decoded.found):
-                if not isinstance(found, int):
-                    replaced[row], numbers[row] = numbers[row], self._replace(begun, decoded, row)
-            n, m = len(numbers), self.micro_batch
-            begin, end = self._plan.bounds(step, self._rank, self._world)
-            # Padding repeats the last sample, its noise too.
-            rows = np.minimum(np.arange(self.num_micro_batches * m), n - 1)  # [A * m]
-            for pixels in (decoded.images, decoded.masks):
-                pixels[n:] = pixels[n - 1 : n]
-            ids, objects = np.array(numbers, dtype=np.int64)[rows], np.array(decoded.found, dtype=np.int64)[rows]
-            parts = [
-                self._collate(step, decoded, slice(i, i + m), begun.first + rows[i : i + m], ids, objects, end - begin)
-                for i in range(0, len(rows), m)
-            ]
-            handed = list(zip(range(begin, end), numbers, replaced, strict=False))
-            made = _Step(step, parts, handed)
-            if self._to_device is not None:
-                made = self._to_device.send(made)
-            self._decoder.release()  # all pixels have been copied
-            return made
-        except BaseException as error:  # raised again by `step`, in its turn
-            return _Step(begun.number, [], [], error)
+        step, decoded = begun.number, self._decoder.take()
+        numbers, replaced = begun.numbers.copy(), [-1] * len(begun.numbers)
+        for row, found in enumerate(decoded.found):
+            if not isinstance(found, int):
+                replaced[row], numbers[row] = numbers[row], self._replace(begun, decoded, row)
+        n, m = len(numbers), self.micro_batch
+        begin, end = self._plan.bounds(step, self._rank, self._world)
+        # Padding repeats the last sample, its noise too.
+        rows = np.minimum(np.arange(self.num_micro_batches * m), n - 1)  # [A * m]
+        for pixels in (decoded.images, decoded.masks):
+            pixels[n:] = pixels[n - 1 : n]
+        ids, objects = np.array(numbers, dtype=np.int64)[rows], np.array(decoded.found, dtype=np.int64)[rows]
+        parts = [
+            self._collate(step, decoded, slice(i, i + m), begun.first + rows[i : i + m], ids, objects, end - begin)
+            for i in range(0, len(rows), m)
+        ]
+        handed = list(zip(range(begin, end), numbers, replaced, strict=False))
+        copied = None
+        if self._to_device is not None:
+            parts, copied = self._to_device.send(parts)
+        self._decoder.release()  # all pixels have been copied
+        return _Step(step, parts, handed, copied)
 
     def _replace(self, begun: _Begun, decoded: Decoded, row: int) -> int:
         """Fill the row of a bad sample with the next good one of its window; the number of that."""
@@ -350,32 +288,11 @@ class Stream:
         raise DataError(f"no good sample in {', '.join(names)}; repair these shards, or use a larger window")
 
     def _judge(self, window: Mapping[int, Raw | Fault], number: int, found: int | str | None) -> None:
-        """Count and log a bad sample, once."""
-        if number in self.bad:
-            return
         raw = window[number]
         if isinstance(raw, Fault):
-            self._count_bad(number, raw.reason)
-            return
-        shard, row = self._plan.index.locate(number)
-        name = self._plan.index.shards[shard].name
-        logger.warning("shard %s, key %s (row %d): %s; it is replaced", name, raw.key, row, found)
-        self._count_bad(number, str(found))
-
-    def _count_bad(self, number: int, reason: str) -> None:
-        self.bad[number] = reason
-        self._check_limit()
-
-    def _check_limit(self) -> None:
-        if len(self.bad) > self._bad_limit:
-            index = self._plan.index
-            shards = Counter(index.shards[index.locate(bad)[0]].name for bad in self.bad)
-            worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(3))
-            raise DataError(
-                f"bad samples: {len(self.bad)} of {index.num_samples}, more than the limit of {self._bad_limit}; "
-                f"most in {worst}; the last: {list(self.bad.values())[-1]}. "
-                "Repair these shards, index them again, or raise the limit"
-            )
+            self._bad.add(number, raw.reason)
+        else:
+            self._bad.add(number, str(found), raw.key)
 
     def _collate(
         self,
@@ -419,86 +336,6 @@ class Stream:
         else:
             for line in lines:
                 self._ledger(*line)
-
-
-class _Prefetcher:
-    """A thread that makes steps from `first` on: a few are begun, and a few are ready."""
-
-    def __init__(
-        self, begin: Callable[[int], _Begun], finish: Callable[[_Begun], _Step], first: int, ahead: int, begun: int
-    ) -> None:
-        self.next = first
-        self._begin, self._finish, self._begun = begin, finish, begun
-        self._ready: queue.Queue[_Step] = queue.Queue(maxsize=ahead)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(first,), name="stream", daemon=True)
-        self._thread.start()
-
-    def take(self) -> _Step:
-        # The thread always comes to a step or an error, since all its own waits have an end.
-        while True:
-            with contextlib.suppress(queue.Empty):
-                made = self._ready.get(timeout=1.0)
-                self.next += 1
-                return made
-            if not self._thread.is_alive() and self._ready.empty():
-                raise RuntimeError("the thread that reads ahead is gone")
-
-    def close(self) -> None:
-        self._stop.set()
-        while self._thread.is_alive():  # it may be waiting for room
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.01)
-        self._thread.join()
-
-    def _run(self, step: int) -> None:
-        begun: deque[_Begun] = deque()
-        while not self._stop.is_set():
-            while len(begun) < self._begun and not (begun and begun[-1].error):
-                begun.append(self._begin(step))
-                step += 1
-            made = self._finish(begun.popleft())
-            self._ready.put(made)
-            if made.error is not None:
-                return
-
-
-class _Recycled:
-    """Arrays whose memory is used again once nothing refers to them: fresh pages cost as much as filling them."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
-        self._free: deque[NDArray[np.float32]] = deque()
-
-    def array(self) -> NDArray[np.float32]:
-        """float32 of the shape, with anything in it. A tensor that is made of it holds it for as long as it lives."""
-        memory = self._free.pop() if self._free else np.empty(self._shape, dtype=np.float32)
-        array = memory.view()
-        weakref.finalize(array, self._free.append, memory).atexit = False
-        return array
-
-
-class _ToDevice:
-    """Copies steps to a GPU beside what it computes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def send(self, made: _Step) -> _Step:
-        """In the thread: start the copies."""
-        with torch.cuda.stream(self._stream):
-            moved = [micro.pin_memory().to(self._device) for micro in made.micro_batches]
-            moved = [dataclasses.replace(micro, images=on_device(micro.images)) for micro in moved]
-            return dataclasses.replace(made, micro_batches=moved, copied=self._stream.record_event())
-
-    def arrive(self, made: _Step) -> None:
-        """In the caller: what it computes from now on waits for the copies, and keeps them from being overwritten."""
-        current = torch.cuda.current_stream(self._device)
-        if made.copied is not None:
-            current.wait_event(made.copied)
-        for micro in made.micro_batches:
-            micro.record_stream(current)
 
 
 def _check_memory(plan: Order, world: int, limit: int) -> None:
