@@ -43,6 +43,7 @@ def from_package(module: nn.Module) -> nn.Module:
 
 def _attention(theirs: Any) -> nn.Module:
     options: AttentionOptions = {"qkv_bias": True, "norm_eps": theirs.norm_slots.eps}
+    options["input_dim"] = theirs.to_k.in_features
     hidden_dim = theirs.mlp[0].out_features
     ours: SlotAttention | MultiHeadSlotAttention
     if hasattr(theirs, "combine_heads"):
