@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError
-from pipelines.ingest.job import Record
 from pipelines.ingest.picture import BadRecord, Picture, decoded
+from pipelines.ingest.source import Record
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 from pipelines.errors import DataError
-from pipelines.ingest.job import Record, file_stamp
 from pipelines.ingest.picture import BadRecord, Picture, decoded, decoded_ids
+from pipelines.ingest.source import Record, file_stamp
 from pipelines.shards import natural
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

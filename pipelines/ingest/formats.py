@@ -5,10 +5,10 @@ from pathlib import Path
 from pipelines.ingest.coco import Coco
 from pipelines.ingest.folder import Folder
 from pipelines.ingest.hdf5 import Hdf5
-from pipelines.ingest.job import Source
 from pipelines.ingest.movi import Movi, tfrecord_files
 from pipelines.ingest.multi_object import MULTI_OBJECT
 from pipelines.ingest.records import Examples
+from pipelines.ingest.source import Source
 from pipelines.ingest.webdataset import WebDataset
 
 FORMATS = ("images", "coco", "hdf5", "movi", "webdataset", *MULTI_OBJECT)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import DataError
-from pipelines.ingest.job import Record, file_stamp
 from pipelines.ingest.picture import BadRecord, Picture
+from pipelines.ingest.source import Record, file_stamp
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import IO, Any, Protocol
 
 from pipelines.errors import DataError
 from pipelines.ingest.example import Feature, parse_example
-from pipelines.ingest.job import Record, file_stamp
 from pipelines.ingest.picture import BadRecord, Picture
+from pipelines.ingest.source import Record, file_stamp
 from pipelines.ingest.tfrecord import Place, checked, is_compressed, places, read_at, stream
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.ingest.job import Record, file_stamp
 from pipelines.ingest.picture import BadRecord, Picture, decoded, decoded_ids
+from pipelines.ingest.source import Record, file_stamp
 from pipelines.samples import IMAGE_MEMBERS
 from pipelines.shards import scan_samples, tar_names
 

@@ -13,14 +13,15 @@ from test_ingest_folder import flat, members_of, save
 
 from pipelines.errors import DataError
 from pipelines.ingest import FORMATS, Folder, Framing, Ingest, ingest, open_source
-from pipelines.ingest.job import _is_held_out, evenly_spaced
+from pipelines.ingest.job import evenly_spaced
 from pipelines.ingest.picture import Picture, members
+from pipelines.ingest.pieces import is_held_out
 from pipelines.samples import decode
 from pipelines.shards import read_index, verify
 
 
 @given(st.integers(1, 300), st.floats(0, 0.99))
-def test_what_is_held_out_is_evenly_spaced(count: int, share: float) -> None:
+def test_whatis_held_out_is_evenly_spaced(count: int, share: float) -> None:
     chosen = np.flatnonzero(evenly_spaced(count, share))
     assert len(chosen) == (max(1, round(count * share)) if share else 0)
     if len(chosen) > 1:
@@ -30,7 +31,7 @@ def test_what_is_held_out_is_evenly_spaced(count: int, share: float) -> None:
 
 @given(st.integers(1, 3000), st.floats(0, 0.99))
 def test_a_stream_holds_out_as_much_without_knowing_its_length(count: int, share: float) -> None:
-    chosen = np.flatnonzero([_is_held_out(place, share) for place in range(count)])
+    chosen = np.flatnonzero([is_held_out(place, share) for place in range(count)])
     assert abs(len(chosen) - count * share) <= 0.5 + 1e-6
     if len(chosen) > 1:
         gaps = np.diff(chosen)
