@@ -13,7 +13,7 @@ from pipelines.object_stores import object_store
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
-SECONDS, ATTEMPTS = 30.0, 5  # for an answer, and how often it is asked for
+SECONDS, ATTEMPTS = 60.0, 5  # for an answer, and how often it is asked for
 PIECE = 64 * 2**20  # bytes that are uploaded at a time: 10,000 of them at most make an object
 COPIED_AT_ONCE = 5 * 10**9  # bytes; S3 copies no larger object by itself
 
