@@ -27,7 +27,10 @@ Model = Annotated[
     ),
 ]
 Shards = Annotated[str | None, typer.Option(help="held-out shards; the recipe's data.eval if not given")]
-TrackingUri = Annotated[str | None, typer.Option(help="MLflow's URI; the recipe's or the default store if not given")]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(help="MLflow's URI; by default the run's, $MLFLOW_TRACKING_URI, or one in the state folder"),
+]
 
 
 @models.command(epilog="For example: slotforge evaluate demo --json, or evaluate models:/slotforge-demo@champion")
@@ -119,9 +122,9 @@ def rollback(
         from mlflow import MlflowClient
 
         from orchestration.registry.promote import rollback as roll_back
-        from orchestration.registry.subject import default_store
+        from orchestration.tracking import store_uri
 
-        uri = tracking_uri or default_store()
+        uri = store_uri(tracking_uri)
         now, before = roll_back(MlflowClient(uri, registry_uri=uri), name.removeprefix("models:/"))
     say(f"{name}: version {now} is champion again, version {before} is previous")
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 
-from orchestration.recipe import Recipe, load_recipe, recipe_names, state_home
+from orchestration.recipe import Recipe, load_recipe, recipe_names
 from orchestration.registry.loading import recipe_of, trained, version_of
 from orchestration.registry.package import registered_version
 from orchestration.registry.trained import Trained
 from orchestration.runs.checkpoints import DamagedCheckpointError, committed
 from orchestration.runs.folder import RunFolder, runs_home
-from orchestration.tracking import tracking_uri
+from orchestration.tracking import store_uri, tracking_uri
 
 
 class SubjectError(Exception):
@@ -96,7 +96,7 @@ def subject_of(text: str, overrides: Sequence[str], tracking: str | None) -> Sub
 
 
 def _packaged(text: str, overrides: Sequence[str], tracking: str | None) -> Subject:
-    uri = tracking or default_store()
+    uri = store_uri(tracking)
     if not text.startswith("models:/"):
         recipe = recipe_of(text, uri, overrides)
         return Subject(text, recipe, uri, recipe.registered_model, None, _uri=text)
@@ -107,7 +107,7 @@ def _packaged(text: str, overrides: Sequence[str], tracking: str | None) -> Subj
 
 def _run(recipe: Recipe, folder: RunFolder, tracking: str | None) -> Subject:
     known = folder.facts.get("mlflow", {})
-    uri = tracking or known.get("uri") or tracking_uri(recipe)
+    uri = store_uri(tracking) if tracking else known.get("uri") or tracking_uri(recipe)
     name, version = recipe.registered_model, None
     if known:
         version = registered_version(MlflowClient(uri, registry_uri=uri), name, known["run"])
@@ -117,8 +117,3 @@ def _run(recipe: Recipe, folder: RunFolder, tracking: str | None) -> Subject:
 def _logged_recipe(uri: str, run: str, overrides: Sequence[str]) -> Recipe:
     path = mlflow.artifacts.download_artifacts(run_id=run, artifact_path="recipe.yaml", tracking_uri=uri)
     return load_recipe(path, overrides)
-
-
-def default_store() -> str:
-    """MLflow's store in the state folder."""
-    return f"sqlite:///{state_home() / 'mlflow.db'}"

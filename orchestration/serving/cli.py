@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from orchestration.command_line import console, fail, say
-from orchestration.recipe import state_home
+from orchestration.recipe import RecipeError
 from orchestration.terminal import new_progress
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ WeightsOnly = Annotated[
         "--weights-only", help="run nothing that is packed with the model; --model may then be its folder, too"
     ),
 ]
-TrackingUri = Annotated[str | None, typer.Option(help="MLflow's URI; the default store if not given")]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow's URI; by default $MLFLOW_TRACKING_URI, or one in the state folder")
+]
 
 
 def predict(
@@ -183,11 +185,10 @@ def _warn(line: str) -> None:
 
 
 def _named(model: str, tracking: str | None, weights_only: bool) -> "ModelName":
-    """Replicas and workers stand in another folder, so a relative path is made whole here."""
     from orchestration.serving.finder import ModelName
+    from orchestration.tracking import store_uri
 
-    if tracking is None:
-        tracking = f"sqlite:///{state_home() / 'mlflow.db'}"
-    elif tracking.startswith("sqlite:///") and not tracking.startswith("sqlite:////"):
-        tracking = f"sqlite:///{Path(tracking.removeprefix('sqlite:///')).absolute()}"
-    return ModelName(model, tracking, weights_only)
+    try:
+        return ModelName(model, store_uri(tracking), weights_only)
+    except RecipeError as error:
+        fail(str(error), 2)
