@@ -3,7 +3,9 @@
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,8 @@ def ray_cluster(workers: int) -> Iterator[None]:
     """Connects to the cluster of $RAY_ADDRESS (set in every submitted job), or starts Ray on this machine, with room
     for so many workers.
 
-    A Ray that is started here demands a token, kept in a file that only its owner can read.
+    A Ray that is started here listens on loopback alone, and demands a token, kept in a file that only its owner can
+    read.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
@@ -24,22 +27,27 @@ def ray_cluster(workers: int) -> Iterator[None]:
         ours = os.environ.get("RAY_AUTH_MODE") == "token"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file(state_home() / "ray-token"))
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's words for: no server on any other interface
         if "ray" in sys.modules and not ours:
             raise RuntimeError("ray was imported before slotforge could give it a token; import it afterwards")
     import ray
     from ray._private.utils import get_num_cpus  # knows containers' quotas
 
+    end = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",
             num_cpus=max(int(get_num_cpus()), workers),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
             object_store_memory=256 * 2**20,  # shards are read from files; Ray carries next to nothing
         )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)  # Ray's own exits at once: a job that is stopped would save nothing
     try:
         yield
     finally:

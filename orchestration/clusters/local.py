@@ -188,6 +188,7 @@ def _head_environment(name: str) -> dict[str, str]:
         "RAY_enable_autoscaler_v2": "1",  # as in cluster.yaml
         "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # down means at once
         "SLOTFORGE_HOME": str(state_home()),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
