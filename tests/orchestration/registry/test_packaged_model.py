@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from registering import IMAGES, expected, finish, uri_of, worsened
+from typer.testing import CliRunner
 
 from orchestration.assembly import Data
+from orchestration.cli import app
 from orchestration.model_section import ModelSection
 from orchestration.recipe import Recipe
-from orchestration.registry.export import export
 from orchestration.registry.loading import load, load_module, recipe_of
 from orchestration.registry.package import requirements, signature
 from orchestration.registry.trained import Trained
@@ -35,6 +36,7 @@ def registered(recipe: Recipe, data: Data, tmp_path_factory: pytest.TempPathFact
     home = tmp_path_factory.mktemp("registered")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLOTFORGE_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # as mlflow.set_tracking_uri leaves it
         trained = worsened(recipe, 0.0)
         return Registered(finish(recipe, "first", data, trained).uri, home, trained)
 
@@ -150,10 +152,12 @@ def test_pretrained_weights_are_not_fetched_again() -> None:
 
 
 def test_an_exported_program_gives_the_same_for_any_batch_and_holds_no_pickle(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registered: Registered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finder = worsened(recipe, 0.0).finder()
-    export(finder, tmp_path / "model.pt2")
+    finder, store = registered.trained.finder(), uri_of(registered.home)
+    command = ["export", registered.uri, "--tracking-uri", store, "--out", str(tmp_path / "model.pt2")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
     program = torch.export.load(tmp_path / "model.pt2").module()
     with torch.inference_mode():
         for count in (1, 2, 7):
