@@ -2,6 +2,11 @@
 
 Permanent faults of content become `Fault`s, the same for every reader. Anything else that goes wrong while reading is
 transient: it is tried again, then stops the run with the shard's name, and never changes a batch.
+
+What every reader finds alike is the storage as it is. A shard that changes or goes away while readers run could be good
+to those that have read it and bad to the others, so whoever has found it good stops with its name, and fills nothing.
+Those that start after that agree again. (A reader that meets such a shard for the first time cannot know that it was
+good, and a copy in a cache stays good.)
 """
 
 import hashlib
@@ -69,7 +74,7 @@ class Reader:
         self._cache = cache
         self._members = {*IMAGE_MEMBERS, "json", *(MASK_MEMBERS if with_masks else ())}
         self._windows: dict[int, tuple[Window, dict[int, Raw | Fault]]] = {}  # by lane
-        self._checked: dict[int, Fault | Version] = {}  # by shard: once found good or bad it stays so
+        self._checked: dict[int, Fault | Version] = {}  # by shard: bad, or the version that was found good
         self._offsets: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # of the open windows' shards
         self._most_offsets = 2 * plan.lanes * (plan.window * plan.parts + 1)
 
@@ -93,14 +98,19 @@ class Reader:
     def _piece(self, piece: Piece) -> list[Raw | Fault]:
         """Exactly `last - first` samples or faults."""
         url, count = self._url(piece.shard), piece.last - piece.first
-        fault = self._checked.get(piece.shard)
-        if isinstance(fault, Fault):
-            return [fault] * count
+        known = self._checked.get(piece.shard)
+        if isinstance(known, Fault):
+            return [known] * count
         try:
             cut = self._sources.retried(url, lambda: self._rows(piece))
             samples: list[Raw | Fault] = list(rows(*cut, self._members) or self._parsed(url, cut.content))
         except (ContentError, AbsentError) as error:
             reason = "the shard is not there" if isinstance(error, AbsentError) else str(error)
+            if known is not None:
+                raise DataError(
+                    f"{shown(url)}: {reason}, and it was good before in this run: it changed meanwhile. Put it back, "
+                    "or have its samples replaced from the last checkpoint on: start again"
+                ) from error
             logger.warning("%s: %s; its samples are replaced", shown(url), reason)
             self._checked[piece.shard] = fault = Fault(reason)
             return [fault] * count
@@ -131,6 +141,7 @@ class Reader:
             shard = self._plan.index.shards[piece.shard]
             try:
                 with self._cache.shard(url, shard.sha256, shard.bytes, lambda file: self._save(piece, file)) as file:
+                    self._checked.setdefault(piece.shard, Version(shard.bytes))
                     return self._cut(piece, file)
             except NoRoomError as error:
                 logger.warning("%s: read without the cache: %s", shown(url), error)
@@ -145,11 +156,13 @@ class Reader:
         except FileNotFoundError:
             raise AbsentError(str(path)) from None
         with file:
-            if piece.shard not in self._checked:
-                _check_size(os.fstat(file.fileno()).st_size, shard.bytes)
+            status = os.fstat(file.fileno())
+            version = Version(status.st_size, str(status.st_mtime_ns))
+            if self._checked.get(piece.shard) != version:
+                _check_size(version.size, shard.bytes)
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                     raise ContentError(_MISMATCH)
-                self._checked[piece.shard] = Version(shard.bytes)
+                self._checked[piece.shard] = version
             return self._cut(piece, file)
 
     def _from_afar(self, piece: Piece, url: str) -> _Cut:

@@ -22,6 +22,7 @@ class FaultyServer:
         self.requests: list[tuple[str, str, int]] = []  # (name, Range header, status)
         self.headers: list[dict[str, str]] = []
         self.asked: Counter[str] = Counter()
+        self.retagged = False  # the same files under other tags
         self.ended = threading.Event()
         outer = self
 
@@ -71,7 +72,7 @@ class FaultyServer:
             self.headers.append({name.lower(): value for name, value in handler.headers.items()})
         content = self.files.get(name)
         status, body = 200, content or b""
-        tag = f'"{hashlib.md5(body).hexdigest()}"'
+        tag = f'"{hashlib.md5(body).hexdigest()}{"-again" * self.retagged}"'
         headers = {} if fault == "untagged" else {"ETag": tag}
         asked = handler.headers.get("Range", "")
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)

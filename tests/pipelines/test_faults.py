@@ -210,15 +210,20 @@ def gone(server: FaultyServer) -> None:
     del server.files["003.tar"]
 
 
+def changed_for_all(folder: Path, server: FaultyServer, damage: Callable[[FaultyServer], None]) -> None:
+    """The shard 003.tar, on the server and in its folder."""
+    damage(server)
+    content = server.files.get("003.tar")
+    (folder / "003.tar").unlink() if content is None else (folder / "003.tar").write_bytes(content)
+
+
 @pytest.mark.parametrize("damage", [truncated, damaged, emptied, gone])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_bad_shard_is_filled_alike_for_every_world(
     folder: Path, server: FaultyServer, tmp_path: Path, damage: Callable[[FaultyServer], None], cached: bool
 ) -> None:
     plan = plan_of(read_local(folder))
-    damage(server)
-    content = server.files.get("003.tar")
-    (folder / "003.tar").unlink() if content is None else (folder / "003.tar").write_bytes(content)
+    changed_for_all(folder, server, damage)
     steps = range(plan.steps_per_epoch)
     limit = {"bad_limit": 3}
     local = samples(batches(plan, folder, steps, **limit))
@@ -230,6 +235,60 @@ def test_a_bad_shard_is_filled_alike_for_every_world(
     with stream, pytest.raises(DataError, match=r"limit of 2; most in 003\.tar \(3\)"):
         for step in steps:
             stream.step(step)
+
+
+@pytest.mark.parametrize("damage", [truncated, damaged, gone])
+@pytest.mark.parametrize("where", ["folder", "http", "cache"])
+def test_a_shard_that_was_good_and_changes_stops_whoever_knew_it(
+    folder: Path, server: FaultyServer, tmp_path: Path, damage: Callable[[FaultyServer], None], where: str
+) -> None:
+    """No rank fills what it, or another one before it, has had as it was planned; who starts after that agrees."""
+    plan = plan_of(read_local(folder))
+    cache = Cache(tmp_path / "cache", 10**6) if where == "cache" else None
+    place = folder if where == "folder" else server.url
+    settings = {"sources": quick(), "cache": cache}
+    first = range(plan.steps_per_epoch)
+    lines: list[tuple[int, ...]] = []
+
+    def reader(rank: int, world: int) -> Stream:
+        ledger = lambda *line: lines.append(line)  # noqa: E731
+        options = {"micro_batch": 8, "seed": 9, "noise": {}, "prefetch": 1, "ledger": ledger}
+        return Stream(plan, place, rank=rank, world=world, **options, **settings)
+
+    ahead, behind = reader(0, 1), reader(1, 2)
+    with ahead, behind:
+        for step in first:
+            ahead.step(step)
+        changed_for_all(folder, server, damage)
+        if cache is not None:  # as on another node; what a cache holds stays good
+            for path in cache.folder.glob("*.shard"):
+                path.unlink()
+        with pytest.raises(DataError, match=r"003\.tar: .* it was good before in this run"):
+            for step in range(plan.steps_per_epoch, 3 * plan.steps_per_epoch):
+                ahead.step(step)
+        assert ahead.bad == {} and all(replaced == -1 for *_, replaced in lines)
+        lines.clear()
+        for step in first:  # it knows nothing of what the shard was
+            behind.step(step)
+        assert behind.bad and set(behind.bad) <= {20, 21, 22}
+    again = samples(batches(plan, place, first, 1, **settings))
+    for world in (2, 5):
+        assert samples(batches(plan, place, first, world, **settings)) == again
+    assert all(again[step][place] == sample for step, _, place, sample, _ in lines)
+
+
+@pytest.mark.parametrize("where", ["folder", "http"])
+def test_a_shard_that_is_only_written_again_goes_on(folder: Path, server: FaultyServer, where: str) -> None:
+    plan = plan_of(read_local(folder))
+    place = folder if where == "folder" else server.url
+    expected = batches(plan, folder, range(2 * plan.steps_per_epoch))
+    options = {"micro_batch": 3, "seed": 9, "noise": NOISE, "sources": quick(), "prefetch": 1}
+    with Stream(plan, place, rank=0, world=1, **options) as stream:
+        read = [stream.step(step) for step in range(plan.steps_per_epoch)]
+        os.utime(folder / "003.tar")
+        server.retagged = True
+        read += [stream.step(step) for step in range(plan.steps_per_epoch, 2 * plan.steps_per_epoch)]
+    assert_equal(read, expected)
 
 
 # --- an end, never a hang --------------------------------------------------------------------------------------------
