@@ -80,7 +80,7 @@ class Stream:
     most one window per open lane. A sample with a permanent fault (its shard is gone or does not match its checksum, a
     member is missing, cannot be decoded or has the wrong size) is replaced by the next good one of its window: the same
     for every world size, logged once, and listed in `bad`. A shard that was found good and changes or goes away later
-    stops whoever has found it good: it is never replaced for one reader and not for another.
+    stops whoever has found it good (pipelines/reader.py says what that leaves open).
 
     Args:
         plan: order of the set; its index must come from shards (it knows the image size).
@@ -186,7 +186,7 @@ class Stream:
             Always A micro batches of m samples; weights over all ranks sum to `batch_size(step)`.
 
         Raises:
-            DataError: too many bad samples, a window without a good one, a shard that cannot be read, or that has changed.
+            DataError: too many bad samples, a window without a good one, a shard that cannot be read or changed.
         """
         if self._thread is None or self._thread.next != step:
             self.close()

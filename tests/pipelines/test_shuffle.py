@@ -42,9 +42,7 @@ def test_shards_that_are_read_in_one_go_drift(options: dict[str, int]) -> None:
 def test_drift_is_one_without_a_shuffle_and_none_in_a_free_one() -> None:
     stored = np.repeat(np.arange(100), 40)
     assert drift(stored) == pytest.approx(1, abs=1e-4)
-    assert drift(stored[::-1]) == pytest.approx(
-        1, abs=1e-4
-    )  # whichever comes first
+    assert drift(stored[::-1]) == pytest.approx(1, abs=1e-4)  # whichever comes first
     assert abs(drift(np.random.default_rng(0).permutation(stored))) < 0.05
 
 
