@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 CURVE = "curve.json"
 DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}  # any other error: the storage could not be asked
+READERS = 4  # files that are checked at a time
 Points = list[tuple[str, float, int, int]]
 """Points of the curves: (name, value, timestamp in ms, step)."""
 
@@ -101,10 +103,15 @@ class Checkpoint:
 
     def validate(self) -> None:
         """Raises: DamagedCheckpointError."""
-        for name in self.manifest["files"]:
-            with _reading(f"{self.url}/{name}"), self.files.open(name) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-            self._check(name, digest)
+        with ThreadPoolExecutor(READERS) as pool:
+            for name, digest in zip(
+                self.manifest["files"], pool.map(self._digest, self.manifest["files"]), strict=True
+            ):
+                self._check(name, digest)
+
+    def _digest(self, name: str) -> str:
+        with _reading(f"{self.url}/{name}"), self.files.open(name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def _check(self, name: str, digest: str) -> None:
         if digest != self.manifest["files"].get(name):

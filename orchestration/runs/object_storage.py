@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SECONDS, ATTEMPTS = 60.0, 5  # for an answer, and how often it is asked for
 PIECE = 64 * 2**20  # bytes that are uploaded at a time: 10,000 of them at most make an object
+AHEAD = 16 * 2**20  # bytes that one request reads; without a buffer it would be the reader's few
 COPIED_AT_ONCE = 5 * 10**9  # bytes; S3 copies no larger object by itself
 
 
@@ -52,7 +53,7 @@ class ObjectStorage:
         ]
 
     def open(self, name: str) -> BinaryIO:
-        return cast(BinaryIO, self._system.open_input_stream(self._path(name), compression=None))
+        return cast(BinaryIO, self._system.open_input_stream(self._path(name), compression=None, buffer_size=AHEAD))
 
     def write(self, name: str, *pieces: bytes | memoryview) -> None:
         with self._system.open_output_stream(self._path(name), compression=None) as stream:
@@ -115,7 +116,7 @@ class ObjectStorage:
             self._system.copy_file(old, new)
             return
         with (
-            self._system.open_input_stream(old, compression=None) as source,
+            self._system.open_input_stream(old, compression=None, buffer_size=AHEAD) as source,
             self._system.open_output_stream(new, compression=None) as target,
         ):
             shutil.copyfileobj(source, target, PIECE)

@@ -51,6 +51,16 @@ def test_what_is_larger_than_one_upload_is_whole(storage: Storage, monkeypatch: 
     assert read(storage, "large") == b"head" + content
 
 
+def test_what_is_too_large_for_one_copy_is_moved_whole(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_storage, "COPIED_AT_ONCE", 1000)
+    content = np.random.Generator(np.random.Philox(key=[1, 3])).bytes(3_000_000)
+    storage.write("deep/large", content)
+    storage.write("deep/small", content[:10])
+    storage.move("deep", "away")
+    assert names(storage) == {"away/large", "away/small"}
+    assert read(storage, "away/large") == content
+
+
 def test_names_that_share_a_beginning_are_apart(storage: Storage) -> None:
     storage.write("run/x", b"1")
     storage.write("run~1/x", b"2")
