@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slot_models.adaptive import Gate, SlotGate, Stage
-from slot_models.attention import MultiHeadSlotAttention, SlotAttention
+from slot_models.attention import MultiHeadSlotAttention, Refined, SlotAttention
 from slot_models.checks import check_choice, check_finite
 from slot_models.decoders import Decoded, Decoder, MixtureDecoder
 from slot_models.encoders import ConvEncoder, FeatureEncoder
@@ -35,6 +35,7 @@ class SlotOutput(NamedTuple):
         zero in value, with the gate gradient "difference"; and the weighted commitment of a codebook.
     code_tally: float64 [M, 1 + D], counts and sums of the codebook's codes in this batch, for move_codes; None without
         a codebook.
+    attention: float [B, T, K, h, w], what each slot won of each input in each iteration, where that was asked for.
     """
 
     slots: Tensor
@@ -46,6 +47,7 @@ class SlotOutput(NamedTuple):
     target: Tensor
     auxiliary: Tensor
     code_tally: Tensor | None
+    attention: Tensor | None = None
 
     def masks_at(self, height: int, width: int) -> Tensor:
         """The masks, resized bilinearly where they have another size. [B, K, height, width]"""
@@ -113,6 +115,7 @@ class SlotAutoencoder(nn.Module):
         weight: Tensor | None = None,
         temperature: float = 1.0,
         stage: Stage = "deciding",
+        trace: bool = False,
     ) -> SlotOutput:
         """Encodes and decodes.
 
@@ -124,6 +127,8 @@ class SlotAutoencoder(nn.Module):
             weight: float [B], what each image counts in a codebook's tally; 0 for padding.
             temperature: of the gate's gradient.
             stage: of the training, see SlotGate. A codebook prunes when it is "deciding".
+            trace: also return the attention of each iteration, for pictures; it is computed apart, and a codebook's
+                second pass is left out.
 
         Raises:
             ValueError: a shape does not fit, or an argument holds NaN or infinity.
@@ -152,6 +157,7 @@ class SlotAutoencoder(nn.Module):
             target=target,
             auxiliary=added,
             code_tally=tally,
+            attention=self._trace(inputs, slot_noise) if trace else None,
         )
 
     @torch.no_grad()
@@ -193,6 +199,28 @@ class SlotAutoencoder(nn.Module):
             gate = Gate(every, every)
         return slots, gate, torch.zeros_like(gate.keep[:, 0]), None
 
+    @torch.no_grad()
+    def _trace(self, inputs: Tensor, slot_noise: Tensor | None) -> Tensor:
+        """The attention of each iteration, one call each: [B, T, K, h, w]."""
+        attention = self.slot_attention
+        if isinstance(attention, MetaSlotAttention):
+            attention = attention.slot_attention
+        iterations, attention.iters = attention.iters, 1
+        try:
+            found: Refined = attention(inputs, noise=slot_noise, return_attention=True)
+            seen = [found.attention]
+            for _ in range(iterations - 1):
+                found = attention(inputs, slots=found.slots, return_attention=True)
+                seen.append(found.attention)
+        finally:
+            attention.iters = iterations
+        return rearrange(torch.stack(seen, dim=1), "b t k (h w) -> b t k h w", h=self._grid[0])
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """Of the inputs: height and width."""
+        return (self.encoder if self.backbone is None else self.backbone).grid  # type: ignore[return-value]
+
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one image's noise by what it is for: slots and inputs take normal noise, the gate Gumbel's."""
         attention = self.slot_attention
@@ -200,6 +228,5 @@ class SlotAutoencoder(nn.Module):
         if self.gate is not None:
             shapes["gate"] = (attention.num_slots, 2)
         if isinstance(attention, MetaSlotAttention) and bool(attention.noise_levels.any()):
-            grid: tuple[int, int] = (self.encoder if self.backbone is None else self.backbone).grid  # type: ignore[assignment]
-            shapes["inputs"] = (2, len(attention.noise_levels), math.prod(grid), self.encoder.dim)
+            shapes["inputs"] = (2, len(attention.noise_levels), math.prod(self._grid), self.encoder.dim)
         return shapes

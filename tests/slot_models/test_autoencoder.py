@@ -504,3 +504,20 @@ def test_under_autocast_a_model_stays_finite_and_its_reconstruction_in_fp32(
     assert (output.masks.sum(dim=1) - 1).abs().max() <= 1e-4
     for parameter in model.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["demo", "codebook", "with a gate"])
+@torch.no_grad()
+def test_the_traced_attention_ends_with_the_slots_own_and_changes_nothing(name: str) -> None:
+    model = build_autoencoder(**MODELS[name]).eval()
+    images = blocks(2, MODELS[name]["image_size"])
+    plain, traced_output = model(images), model(images, trace=True)
+    assert plain.attention is None and traced_output.attention is not None
+    assert torch.equal(plain.reconstruction, traced_output.reconstruction)
+    attention = model.slot_attention if name != "codebook" else model.slot_attention.slot_attention
+    seen = traced_output.attention.flatten(3)  # [B, T, K, N]
+    whole = attention(model.encoder(images), return_attention=True).attention
+    assert seen.shape == (2, attention.iters, attention.num_slots, whole.shape[-1])
+    assert (seen[:, -1] - whole).abs().max() <= 1e-5
+    assert (seen.sum(dim=2) - 1).abs().max() <= 1e-5
+    assert distance(seen[:, 0], seen[:, -1]) > 1e-3, "an iteration changes it"
