@@ -81,15 +81,19 @@ class ParallelSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO: what is sharded over the workers")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights and gradients stay fp32")
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    resize_seconds: float = Field(30.0, gt=0, description="between looks for room for more workers")
     max_failures: int = Field(10, ge=0, description="worker failures without a new step between them")
 
 
 class TrackingSection(Section):
     """MLflow."""
 
-    uri: str | None = Field(None, description="tracking URI; null: sqlite in the state folder")
+    uri: str | None = Field(None, description="tracking URI; null: $MLFLOW_TRACKING_URI, or sqlite in the state folder")
     experiment: str = "slotforge"
     every: PositiveInt = Field(10, description="steps between points of the training curves")
+    pictures_every: PositiveInt | None = Field(
+        None, description="steps between pictures, a multiple of evaluate.every; null: at each evaluation"
+    )
 
     @field_validator("uri")
     @classmethod
@@ -165,6 +169,12 @@ class Recipe(Section):
             raise ValueError(
                 f"parallel.workers.min: {self.parallel.workers.min} is more than train.batch_size: "
                 f"{train.batch_size} samples; lower it or raise the batch"
+            )
+        pictures, evaluations = self.tracking.pictures_every, self.evaluate.every
+        if pictures is not None and pictures % evaluations:
+            raise ValueError(
+                f"tracking.pictures_every: {pictures} is not a multiple of evaluate.every: {evaluations}, and pictures "
+                f"are taken at evaluations; make it {-(-pictures // evaluations) * evaluations}"
             )
         if self.evaluate.background_slots >= model.num_slots:
             raise ValueError(

@@ -47,8 +47,19 @@ def attempts(folder: Path) -> list[Attempt]:
 
 
 def newest_step(folder: Path) -> int:
-    """Steps begun so far, by any attempt."""
-    return max((attempt.last + 1 for attempt in attempts(folder)), default=0)
+    """Steps begun so far, by any attempt; looks at the ends of the files alone."""
+    steps = [0]
+    for path in folder.glob("*-rank-*.txt"):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 200))
+            lines = file.read().split(b"\n")[1:-1]  # whole ones
+        steps += [int(line.split()[0]) + 1 for line in lines[-1:]]
+    return max(steps)
+
+
+def count(folder: Path) -> int:
+    """Attempts whose first step has begun."""
+    return len({path.name.split("-")[1] for path in folder.glob("*-rank-*.txt")})
 
 
 def check(folder: Path, recipe: str, changes: list[str], train: Path, until: int | None = None) -> None:

@@ -123,7 +123,7 @@ def wait(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def workers(driver: "subprocess.Popen[str]") -> list[psutil.Process]:

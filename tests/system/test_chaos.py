@@ -98,29 +98,31 @@ def test_at_one_size_the_curve_is_the_twins_bit_for_bit(twin: tuple[Run, str], t
     read_as_planned(run, ledger)
 
 
-def test_nodes_come_and_go(twin: tuple[Run, str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    undisturbed, _ = twin
-    ledger = tmp_path_factory.mktemp("ledger")
+def test_nodes_come_and_go(home: Path, tmp_path: Path) -> None:
+    ledger, long = tmp_path / "ledger", ("train.steps=3000",)
+    undisturbed = Run(home, "calm", long)
+    code, output = undisturbed.finish(undisturbed.start())
+    assert code == 0, output
     with Nodes(Path(f"/tmp/slotforge-nodes-{os.getpid()}")) as cluster:
         cluster.add("first")
-        changes = ("parallel.workers={min: 1, max: 2}", f"data.ledger={ledger}")
-        run = Run(undisturbed.home, "nodes", changes, cluster.environment)
+        elastic = ("parallel.workers={min: 1, max: 2}", "parallel.resize_seconds=3", f"data.ledger={ledger}")
+        run = Run(home, "nodes", long + elastic, cluster.environment)
         driver = run.start()
         run.wait_for_step(60, driver)
 
         # a node joins: training saves, and goes on with two workers
         cluster.add("second")
-        wait(lambda: len(ledgers.attempts(ledger)) == 2 or driver.poll() is not None)
+        wait(lambda: ledgers.count(ledger) == 2 or driver.poll() is not None)
         run.wait_for_step(run.newest_step() + 60, driver)
 
         # a node is about to go: training saves, and goes on without it
         cluster.drain("first", seconds=60)
-        wait(lambda: len(ledgers.attempts(ledger)) == 3 or driver.poll() is not None)
+        wait(lambda: ledgers.count(ledger) == 3 or driver.poll() is not None)
         run.wait_for_step(run.newest_step() + 30, driver)
 
         # a node dies without a word, after another has come
         third = cluster.add("third")
-        wait(lambda: len(ledgers.attempts(ledger)) == 4 or driver.poll() is not None)
+        wait(lambda: ledgers.count(ledger) == 4 or driver.poll() is not None)
         run.wait_for_step(run.newest_step() + 30, driver)
         third.kill()
         code, output = run.finish(driver)
