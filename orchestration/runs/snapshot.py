@@ -28,8 +28,11 @@ class Snapshot:
     def take(self, state: Iterable[tuple[str, Tensor]]) -> None:
         """Copies tensors by name; the same names, shapes and dtypes each time."""
         if not self._tensors:
-            known = dict(state)
-            self._allocate(known)
+            known, on_gpu = {}, False
+            for name, value in state:  # gathered one by one: a GPU need not have room for all of them
+                known[name] = value.detach().cpu()
+                on_gpu = on_gpu or value.is_cuda
+            self._allocate(known, pinned=on_gpu)
             state = known.items()
         taken = 0
         for name, value in state:
@@ -56,7 +59,7 @@ class Snapshot:
         """The file, until the next `take`."""
         return self._memory.numpy().data
 
-    def _allocate(self, state: dict[str, Tensor]) -> None:
+    def _allocate(self, state: dict[str, Tensor], pinned: bool) -> None:
         # Large items first, so that all are aligned; each dtype in one piece.
         names = sorted(state, key=lambda name: (-state[name].itemsize, str(state[name].dtype), name))
         ends = list(accumulate((state[name].nbytes for name in names), initial=0))
@@ -68,8 +71,7 @@ class Snapshot:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         first = 8 + len(text)
-        on_gpu = any(value.is_cuda for value in state.values())
-        self._memory = torch.empty(first + ends[-1], dtype=torch.uint8, pin_memory=on_gpu)
+        self._memory = torch.empty(first + ends[-1], dtype=torch.uint8, pin_memory=pinned)
         self._memory[:first] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
         tensors = self._memory[first:]
         for name, (start, end) in spans.items():
