@@ -1,16 +1,18 @@
 """Slot attention: slots compete for the inputs and are refined by a recurrent update."""
 
 import math
+from dataclasses import replace
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
-from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
-from slot_models.attend import Competition, Update, attend
+from slot_models.attend import Competition, Update
 from slot_models.checks import check_choice, check_finite, check_mask, check_positive, check_shape, check_slots
-from slot_models.precision import full_precision
+from slot_models.iterations import passes, plain
+from slot_models.iterations.derivative import refine
+from slot_models.iterations.weights import Rules, Weights, absorbing
 
 Initial = Literal["shared", "per_slot"]
 Gradient = Literal["full", "bilevel", "implicit"]
@@ -208,60 +210,91 @@ class _IterativeAttention(nn.Module):
         if input_noise is not None:
             check_shape("input_noise", input_noise, (batch, self.iters, count, width))
 
-        normed = self.norm_inputs(inputs)  # [B, N, C]
-        device = inputs.device.type
-        if torch.is_autocast_enabled(device):  # once, not in every iteration
-            normed = normed.to(torch.get_autocast_dtype(device))
-        initial = slots
-        for iteration in range(self.iters):
-            last = iteration == self.iters - 1
-            if last and self.gradient == "bilevel":
+        def iterate(slots: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+            noise = None if input_noise is None else input_noise[:, start:stop]
+            return self._iterate(inputs, slots, stop - start, input_mask, slot_mask, noise, return_attention)
+
+        last = 0
+        if self.gradient != "full":
+            initial, last = slots, self.iters - 1
+            if last:
+                with torch.no_grad():
+                    slots, _ = iterate(slots, 0, last)
+            if self.gradient == "bilevel":
                 slots = slots.detach() + (initial - initial.detach())  # adds an exact zero
-            if last and self.gradient == "implicit":
+            else:
                 slots = slots.detach() + 0.0 * initial  # a gradient of zero: ZeRO-3 would repeat the last one otherwise
-            noisy = normed if input_noise is None else normed + input_noise[:, iteration].to(normed)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == "full")):
-                slots, attention = self._refine(slots, noisy, input_mask, slot_mask)
+        slots, attention = iterate(slots, last, self.iters)
         if self.checks_values:
             check_finite(slots, **given)
-        return Refined(slots, attention) if return_attention else slots
+        if not return_attention:
+            return slots
+        assert attention is not None
+        return Refined(slots, attention)
 
-    def _refine(
-        self, slots: Tensor, inputs: Tensor, input_mask: Tensor | None, slot_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """One iteration: slots [B, K, D], attention [B, K, N]."""
-        with full_precision(slots):
-            queries = nn.functional.linear(self.norm_slots(slots), self.to_query, self.query_bias) * self.scale
-            queries = rearrange(queries, "b k (h d) -> b h k d", h=self.heads)
-            keys = rearrange(self.to_key, "(h d) c -> h d c", h=self.heads)
-            absorbed = einsum(queries, keys, "b h k d, h d c -> b h k c")
-            bias = None
-            if self.key_bias is not None:
-                key_bias = rearrange(self.key_bias, "(h d) -> h d", h=self.heads)
-                bias = einsum(queries, key_bias, "b h k d, h d -> b h k")
-        taken = attend(
-            inputs,
-            absorbed,
-            bias,
+    def _iterate(
+        self,
+        inputs: Tensor,
+        slots: Tensor,
+        iterations: int,
+        input_mask: Tensor | None,
+        slot_mask: Tensor | None,
+        input_noise: Tensor | None,
+        return_attention: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Slots [B, K, D], and attention [B, K, N] if asked for, from so many iterations."""
+        weights, masks = self._weights(), (input_mask, slot_mask)
+        rules = replace(self._rules(slots.shape[1]), iterations=iterations)
+        if input_noise is not None or not passes.fit(inputs, slots, rules, weights):
+            return plain.iterate(inputs, slots, weights, rules, *masks, input_noise)
+        if not return_attention:
+            return refine(inputs, slots, weights, rules, *masks), None
+        if iterations > 1:
+            slots = refine(inputs, slots, weights, replace(rules, iterations=iterations - 1), *masks)
+        rules = replace(rules, iterations=1)
+        return refine(inputs, slots, weights, rules, *masks), plain.attention(inputs, slots, weights, rules, *masks)
+
+    def _rules(self, num_slots: int) -> Rules:
+        width, heads = self.to_key.shape[1], self.heads
+        return Rules(
+            iterations=self.iters,
+            absorb=absorbing(self.iters, heads, num_slots, width, len(self.to_key) // heads),
+            heads=heads,
+            scale=self.scale,
             eps=self.eps,
+            norm_eps=self.norm_inputs.eps,
             competition=self.competition,
             update=self.update,
-            input_mask=input_mask,
-            slot_mask=slot_mask,
         )
-        with full_precision(slots):
-            values = rearrange(self.to_value, "(h d) c -> h d c", h=self.heads)
-            updates = einsum(taken.pooled.to(slots.dtype), values, "b h k c, h d c -> b k h d")
-            if self.value_bias is not None:
-                share = rearrange(taken.share.to(slots.dtype), "b h k -> b k h 1")
-                updates = updates + share * rearrange(self.value_bias, "(h d) -> h d", h=self.heads)
-            updates = rearrange(updates, "b k h d -> b k (h d)")
-            if self.combine_heads is not None:
-                updates = self.combine_heads(updates)
-            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-            slots = slots + self.mlp(slots)  # [B, K, D]
-        over_heads = "sum" if self.competition == "joint" else "mean"
-        return slots, reduce(taken.attention, "b h k n -> b k n", over_heads)
+
+    def _weights(self) -> Weights:
+        """Those of the modules below are read here: what they hold is theirs, what is done with it is not."""
+        combine, norm_mlp, hidden, out = self.combine_heads, self.mlp[0], self.mlp[1], self.mlp[3]
+        assert isinstance(norm_mlp, nn.LayerNorm) and isinstance(hidden, nn.Linear) and isinstance(out, nn.Linear)
+        return Weights(
+            norm_inputs=self.norm_inputs.weight,
+            norm_inputs_bias=self.norm_inputs.bias,
+            norm_slots=self.norm_slots.weight,
+            norm_slots_bias=self.norm_slots.bias,
+            to_query=self.to_query,
+            query_bias=self.query_bias,
+            to_key=self.to_key,
+            key_bias=self.key_bias,
+            to_value=self.to_value,
+            value_bias=self.value_bias,
+            combine=None if combine is None else combine.weight,
+            combine_bias=None if combine is None else combine.bias,
+            gru_inputs=self.gru.weight_ih,
+            gru_hidden=self.gru.weight_hh,
+            gru_inputs_bias=self.gru.bias_ih,
+            gru_hidden_bias=self.gru.bias_hh,
+            norm_mlp=norm_mlp.weight,
+            norm_mlp_bias=norm_mlp.bias,
+            mlp_hidden=hidden.weight,
+            mlp_hidden_bias=hidden.bias,
+            mlp_out=out.weight,
+            mlp_out_bias=out.bias,
+        )
 
 
 class SlotAttention(_IterativeAttention):

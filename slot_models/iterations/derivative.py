@@ -1,0 +1,194 @@
+"""All iterations of slot attention as one function, with a derivative written by hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slot_models.iterations import passes, plain
+from slot_models.iterations.halves import (
+    Asked,
+    AskedGradients,
+    Taken,
+    TakenGradients,
+    ask,
+    ask_backward,
+    by_head,
+    take,
+    take_backward,
+)
+from slot_models.iterations.passes import Reading
+from slot_models.iterations.rows import joined
+from slot_models.iterations.weights import Folded, Rules, Weights, fold, fold_backward
+from slot_models.precision import full_precision
+
+Kept = list[tuple[Asked, Taken]]  # of each iteration, what the derivative needs: rows, nothing of the inputs' size
+Found = list[tuple[AskedGradients, TakenGradients]]
+
+
+def refine(
+    inputs: Tensor,
+    slots: Tensor,
+    weights: Weights,
+    rules: Rules,
+    input_mask: Tensor | None,
+    slot_mask: Tensor | None,
+) -> Tensor:
+    """The slots after all iterations, float [B, K, D].
+
+    Args:
+        inputs: float [B, N, C], finite where masked.
+        slots: float [B, K, D], of the weights' dtype.
+        weights, rules: of the module.
+        input_mask: bool [B, N].
+        slot_mask: bool [B, K].
+    """
+    with full_precision(slots):
+        if torch.is_grad_enabled():
+            result: Tensor = _Refine.apply(inputs, slots, input_mask, slot_mask, rules, *weights)  # type: ignore[no-untyped-call]
+            return result
+        reading = passes.read(inputs, rules.norm_eps, input_mask)
+        return _forward(reading, slots, slot_mask, weights, fold(weights, rules), rules)[0]
+
+
+class _Refine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        slots: Tensor,
+        input_mask: Tensor | None,
+        slot_mask: Tensor | None,
+        rules: Rules,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        weights = Weights(*parameters)  # type: ignore[arg-type]
+        reading, folded = passes.read(inputs, rules.norm_eps, input_mask), fold(weights, rules)
+        result, kept = _forward(reading, slots, slot_mask, weights, folded, rules)
+        iterations = (tensor for asked, taken in kept for tensor in (*asked, *taken))
+        ctx.save_for_backward(*reading, slots, slot_mask, *weights, *folded, *iterations)
+        ctx.rules = rules
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, d_result: Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+
+        def following(kind: Any) -> Any:
+            return kind(*(next(saved) for _ in kind._fields))
+
+        rules: Rules = ctx.rules
+        reading, slots, slot_mask = following(Reading), next(saved), next(saved)
+        weights, folded = following(Weights), following(Folded)
+        kept = [(following(Asked), following(Taken)) for _ in range(rules.iterations)]
+        with full_precision(d_result):
+            if torch.is_grad_enabled():  # a second derivative will be asked for
+                return _differentiable(d_result, ctx.needs_input_grad, reading, slots, slot_mask, weights, rules)
+            to_inputs = ctx.needs_input_grad[0]
+            d_inputs, d_slots, found = _backward(d_result, reading, slot_mask, weights, folded, rules, kept, to_inputs)
+            d_weights = _weight_gradients(kept, found, weights, rules)
+        return d_inputs, d_slots, None, None, None, *d_weights
+
+
+def _forward(
+    reading: Reading, slots: Tensor, slot_mask: Tensor | None, weights: Weights, folded: Folded, rules: Rules
+) -> tuple[Tensor, Kept]:
+    shape, kept = slots.shape, []
+    masked, count = _masked(slot_mask, rules), _count(reading, rules)
+    slots = slots.flatten(0, 1)  # [R, D]
+    for _ in range(rules.iterations):
+        asked = ask(slots, shape[0], masked, weights, folded, rules)
+        sums = passes.pool(reading, asked.rows, rules.groups, rules.added)
+        slots, taken = take(sums, count, slots, weights, folded, rules)
+        kept.append((asked, taken))
+    return slots.view(shape), kept
+
+
+def _backward(
+    d_result: Tensor,
+    reading: Reading,
+    slot_mask: Tensor | None,
+    weights: Weights,
+    folded: Folded,
+    rules: Rules,
+    kept: Kept,
+    to_inputs: bool,
+) -> tuple[Tensor | None, Tensor, Found]:
+    """Gradients of the inputs, the slots, and of what stands between them in each iteration."""
+    masked, count = _masked(slot_mask, rules), _count(reading, rules)
+    d_inputs, d_slots = None, d_result.flatten(0, 1)
+    found: Found = []
+    d_sums: list[Tensor] = []
+    for asked, taken in reversed(kept):
+        d_slots, d_taken = take_backward(d_slots, taken, asked.slots, count, weights, folded, rules)
+        d_sums.insert(0, d_taken.sums)
+        if to_inputs and len(d_sums) == len(kept):  # the first iteration, come to last: now all are known
+            rows = torch.stack([each.rows for each, _ in kept], dim=1)  # [B, T, H K, C + 1]
+            d_inputs, d_rows = passes.pool_backward_all(
+                reading, rows, torch.stack(d_sums, dim=1), rules.groups, rules.added
+            )
+        else:
+            d_rows = passes.pool_backward(reading, asked.rows, d_taken.sums, rules.groups, rules.added)
+        d_slots, d_asked = ask_backward(d_rows, d_slots, asked, masked, weights, folded, rules)
+        found.insert(0, (d_asked, d_taken))
+    return d_inputs, d_slots.view_as(d_result), found
+
+
+def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) -> tuple[Tensor | None, ...]:
+    """In the order of Weights: one product for each, over the rows of all iterations."""
+    asked, taken = zip(*kept, strict=True)
+    d_asked, d_taken = zip(*found, strict=True)
+    pooled = [by_head(each.pooled, rules.heads) for each in taken]  # [H, R, C + 1]
+    result = fold_backward(
+        Folded(
+            torch.bmm(joined([a.queries for a in asked], 1).mT, joined([d.rows for d in d_asked], 1)),
+            torch.bmm(joined([d.values for d in d_taken], 1).mT, joined(pooled, 1)),
+        ),
+        weights,
+        rules,
+    )
+
+    def of_linear(name: str, bias: str, gradients: list[Tensor], rows: list[Tensor]) -> None:
+        gradient = joined(gradients)
+        result[name], result[bias] = gradient.T @ joined(rows), gradient.sum(dim=0)
+
+    of_linear("to_query", "query_bias", [d.queries for d in d_asked], [a.normed for a in asked])
+    if weights.combine is not None:
+        of_linear("combine", "combine_bias", [d.updates for d in d_taken], [t.values for t in taken])
+    of_linear("gru_inputs", "gru_inputs_bias", [d.from_updates for d in d_taken], [t.updates for t in taken])
+    of_linear("gru_hidden", "gru_hidden_bias", [d.from_slots for d in d_taken], [a.slots for a in asked])
+    of_linear("mlp_hidden", "mlp_hidden_bias", [d.hidden for d in d_taken], [t.normed for t in taken])
+    of_linear("mlp_out", "mlp_out_bias", [d.out for d in d_taken], [t.hidden for t in taken])
+    for name, gradients in (("norm_slots", d_asked), ("norm_mlp", d_taken)):
+        result[name] = torch.stack([d.norm for d in gradients]).sum(dim=0)
+        result[f"{name}_bias"] = torch.stack([d.norm_bias for d in gradients]).sum(dim=0)
+    return tuple(
+        None if weight is None else result[name] for name, weight in zip(Weights._fields, weights, strict=True)
+    )
+
+
+def _differentiable(
+    d_result: Tensor, wanted: Sequence[bool], reading: Reading, slots: Tensor, slot_mask: Tensor | None, *rest: Any
+) -> Any:
+    """The same gradients by way of the plain iterations, as functions that can be differentiated again."""
+    weights, rules = rest
+    result, _ = plain.iterate(reading.inputs, slots, weights, rules, reading.mask, slot_mask)
+    tensors = (reading.inputs, slots, None, None, None, *weights)
+    asked = [tensor for tensor, needed in zip(tensors, wanted, strict=True) if needed]
+    found = iter(torch.autograd.grad(result, asked, d_result, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in wanted)
+
+
+def _masked(slot_mask: Tensor | None, rules: Rules) -> Tensor | None:
+    """The rows that do not compete, bool [B, H K, 1]."""
+    return None if slot_mask is None else ~slot_mask.repeat(1, rules.heads)[..., None]
+
+
+def _count(reading: Reading, rules: Rules) -> Tensor | None:
+    """The number of inputs where a sum is divided by it, float [B or 1, 1, 1]."""
+    if rules.update == "mean":
+        return None
+    if reading.mask is None:
+        return reading.rstd.new_full((1, 1, 1), reading.inputs.shape[1])
+    return reading.mask.sum(dim=1).clamp(min=1).to(reading.rstd)[:, None, None]

@@ -1,0 +1,169 @@
+"""One iteration of slot attention and its derivative: each in two halves, with a pass over the inputs between them.
+
+R is B x K: the slots of all images are rows of one matrix.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slot_models.iterations.rows import (
+    GRUState,
+    Normed,
+    gru,
+    gru_backward,
+    mlp,
+    mlp_backward,
+    normalise,
+    normalise_backward,
+)
+from slot_models.iterations.weights import Folded, Rules, Weights
+
+
+class Asked(NamedTuple):
+    """What the slots ask of the inputs."""
+
+    slots: Tensor  # [R, D]
+    normed: Tensor  # [R, D]; mean and rstd are of this LayerNorm, [R, 1]
+    mean: Tensor
+    rstd: Tensor
+    queries: Tensor  # [H, R, d]
+    rows: Tensor  # [B, H K, C + 1], queries for the inputs themselves
+
+
+class Taken(NamedTuple):
+    """What they get, and become."""
+
+    pooled: Tensor  # [B, H K, C + 1]
+    total: Tensor  # [B, H K, 1], the sums of the weights
+    values: Tensor  # [R, H d]
+    updates: Tensor  # [R, D], or the values without a projection of the heads
+    gates: Tensor  # these three are the GRU's state
+    from_hidden: Tensor
+    new: Tensor
+    middle: Tensor  # [R, D], between GRU and MLP
+    normed: Tensor  # [R, D]; mean and rstd are of this LayerNorm, [R, 1]
+    mean: Tensor
+    rstd: Tensor
+    hidden: Tensor  # [R, F]
+
+
+class AskedGradients(NamedTuple):
+    rows: Tensor  # [H, R, C + 1]
+    queries: Tensor  # [R, H d]
+    norm: Tensor  # [D], of the LayerNorm's weight and bias
+    norm_bias: Tensor
+
+
+class TakenGradients(NamedTuple):
+    sums: Tensor  # [B, H K, C + 1]
+    values: Tensor  # [H, R, d]
+    updates: Tensor
+    from_updates: Tensor  # [R, 3D]
+    from_slots: Tensor  # [R, 3D]
+    norm: Tensor  # [D], of the LayerNorm's weight and bias
+    norm_bias: Tensor
+    hidden: Tensor  # [R, F]
+    out: Tensor  # [R, D]
+
+
+def ask(slots: Tensor, batch: int, masked: Tensor | None, weights: Weights, folded: Folded, rules: Rules) -> Asked:
+    """From slots [R, D]; masked, bool [B, H K, 1], are the rows that do not compete."""
+    normed = normalise(slots, weights.norm_slots, weights.norm_slots_bias, rules.norm_eps)
+    queries = split(functional.linear(normed.rows, weights.to_query, weights.query_bias), rules.heads)
+    rows = by_image(torch.bmm(queries, folded.keys), batch)
+    if masked is not None:  # the lowest number, not -inf: an image without any slot stays finite
+        rows = rows.masked_fill(masked, 0.0)
+        rows[..., -1:].masked_fill_(masked, torch.finfo(rows.dtype).min)
+    return Asked(slots, *normed, queries, rows)
+
+
+def ask_backward(
+    d_rows: Tensor,
+    d_slots: Tensor,
+    asked: Asked,
+    masked: Tensor | None,
+    weights: Weights,
+    folded: Folded,
+    rules: Rules,
+) -> tuple[Tensor, AskedGradients]:
+    """The gradient of the slots: d_slots, and what comes through their queries."""
+    if masked is not None:
+        d_rows = d_rows.masked_fill(masked, 0.0)
+    d_rows = by_head(d_rows, rules.heads)
+    d_queries = merge(torch.bmm(d_rows, folded.keys.mT))
+    d_normed = d_queries @ weights.to_query
+    normed = Normed(asked.normed, asked.mean, asked.rstd)
+    through, d_norm, d_norm_bias = normalise_backward(
+        d_normed, asked.slots, normed, weights.norm_slots, weights.norm_slots_bias
+    )
+    return through.add_(d_slots), AskedGradients(d_rows, d_queries, d_norm, d_norm_bias)
+
+
+def take(
+    sums: Tensor, count: Tensor | None, slots: Tensor, weights: Weights, folded: Folded, rules: Rules
+) -> tuple[Tensor, Taken]:
+    """The next slots [R, D], from weighted sums of inputs [B, H K, C + 1].
+
+    Count [B or 1, 1, 1] is the number of inputs where the update is a sum, and nothing where it is a mean.
+    """
+    total = sums[..., -1:]
+    pooled = sums / _whole(total, count, rules)
+    values = updates = merge(torch.bmm(by_head(pooled, rules.heads), folded.values.mT))
+    if weights.combine is not None:
+        updates = functional.linear(values, weights.combine, weights.combine_bias)
+    middle, state = gru(updates, slots, weights.gru)
+    normed = normalise(middle, weights.norm_mlp, weights.norm_mlp_bias, rules.norm_eps)
+    out, hidden = mlp(normed.rows, weights.mlp)
+    return out.add_(middle), Taken(pooled, total, values, updates, *state, middle, *normed, hidden)
+
+
+def take_backward(
+    d_next: Tensor, taken: Taken, slots: Tensor, count: Tensor | None, weights: Weights, folded: Folded, rules: Rules
+) -> tuple[Tensor, TakenGradients]:
+    """The gradient of the slots but for their queries, and of the rest."""
+    d_normed, d_hidden = mlp_backward(d_next, taken.hidden, weights.mlp)
+    normed = Normed(taken.normed, taken.mean, taken.rstd)
+    d_middle, d_norm, d_norm_bias = normalise_backward(
+        d_normed, taken.middle, normed, weights.norm_mlp, weights.norm_mlp_bias
+    )
+    d_middle.add_(d_next)
+    state = GRUState(taken.gates, taken.from_hidden, taken.new)
+    d_updates, d_slots, d_from_updates, d_from_slots = gru_backward(d_middle, slots, state, weights.gru)
+    d_values = split(d_updates if weights.combine is None else d_updates @ weights.combine, rules.heads)
+    d_sums = by_image(torch.bmm(d_values, folded.values), len(taken.pooled)) / _whole(taken.total, count, rules)
+    if count is None:  # the weights also count in what is divided by, where eps does not bound it
+        d_whole = (d_sums * taken.pooled).sum(dim=2, keepdim=True)
+        d_sums[..., -1:] -= d_whole.masked_fill_(taken.total < rules.eps, 0.0)
+    return d_slots, TakenGradients(
+        d_sums, d_values, d_updates, d_from_updates, d_from_slots, d_norm, d_norm_bias, d_hidden, d_next
+    )
+
+
+def _whole(total: Tensor, count: Tensor | None, rules: Rules) -> Tensor:
+    """What weighted sums are divided by: a mean of no inputs at all is zero."""
+    return total.clamp(min=rules.eps) if count is None else count
+
+
+def split(rows: Tensor, heads: int) -> Tensor:
+    """[R, H d] -> [H, R, d]."""
+    return rows.view(len(rows), heads, -1).transpose(0, 1)
+
+
+def merge(rows: Tensor) -> Tensor:
+    """[H, R, d] -> [R, H d]."""
+    return rows[0] if len(rows) == 1 else rows.transpose(0, 1).flatten(1)
+
+
+def by_image(rows: Tensor, batch: int) -> Tensor:
+    """[H, B K, c] -> [B, H K, c]."""
+    heads, _, width = rows.shape
+    return rows.view(heads, batch, -1, width).transpose(0, 1).reshape(batch, -1, width)
+
+
+def by_head(rows: Tensor, heads: int) -> Tensor:
+    """[B, H K, c] -> [H, B K, c]."""
+    batch, _, width = rows.shape
+    return rows.view(batch, heads, -1, width).transpose(0, 1).reshape(heads, -1, width)
