@@ -25,6 +25,7 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from orchestration.events import Kind
 from orchestration.mailbox import Leaving
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ class SavedResizes(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(self, *state: Any, **status: Any) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(*state, **status)
         if isinstance(decision, ResizeDecision):
-            self._mailbox.happened.remote(time.time(), f"room for {decision.num_workers} workers: saving to resize")
+            text = f"room for {decision.num_workers} workers: saving to resize"
+            self._mailbox.happened.remote(time.time(), "resize", text)
             self._mailbox.ask.remote("leave")
         return NoopDecision()
 
@@ -109,22 +111,22 @@ class Restarts(DefaultFailurePolicy):
             return FailureDecision.RAISE
         leaving = [str(error) for error in errors.values() if isinstance(error, Leaving)]
         if leaving:
-            self._mailbox.happened.remote(time.time(), f"workers start anew: {leaving[0]}")
+            self._happened("restart", f"workers start anew: {leaving[0]}")
             return FailureDecision.RETRY
         if any(KILLED_FOR_MEMORY in str(error) for error in errors.values()):
             limit = ray.get(self._mailbox.out_of_memory.remote(), timeout=ANSWER_SECONDS)
             if limit is not None:
-                self._happened(f"out of memory: micro batches of {limit} from now on")
+                self._happened("memory", f"out of memory: micro batches of {limit} from now on")
                 return FailureDecision.RETRY
         steps = ray.get(self._mailbox.steps.remote(), timeout=ANSWER_SECONDS)
         if steps > self._steps:
             self._steps, self._worker_group_failures = steps, 0
         rank, error = min(errors.items(), key=lambda entry: (not isinstance(entry[1], RayActorError), entry[0]))
-        self._happened(f"rank {rank} failed: {_first_line(error)}; going on from the last checkpoint")
+        self._happened("failure", f"rank {rank} failed: {_first_line(error)}; going on from the last checkpoint")
         return super().make_decision(training_failed_error)
 
-    def _happened(self, text: str) -> None:
-        self._mailbox.happened.remote(time.time(), text)
+    def _happened(self, kind: Kind, text: str) -> None:
+        self._mailbox.happened.remote(time.time(), kind, text)
 
 
 class Notices(ControllerCallback, WorkerGroupCallback):
@@ -140,7 +142,7 @@ class Notices(ControllerCallback, WorkerGroupCallback):
         if going:
             self._warned |= going
             nodes = ", ".join(sorted(node[:8] for node in going))
-            self._mailbox.happened.remote(time.time(), f"node {nodes} is about to go: saving first")
+            self._mailbox.happened.remote(time.time(), "preemption", f"node {nodes} is about to go: saving first")
             self._mailbox.ask.remote("leave")
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
@@ -155,7 +157,7 @@ class Notices(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._mailbox.mark.remote("grouped", time.time())
-        self._mailbox.happened.remote(time.time(), f"training on {len(worker_group)} workers")
+        self._mailbox.happened.remote(time.time(), "workers", f"training on {len(worker_group)} workers")
 
 
 def _import_stack(device: str) -> None:

@@ -22,10 +22,9 @@ from orchestration.recipe import Recipe, state_home
 from orchestration.runs.checkpoints import committed
 from orchestration.runs.folder import RunFolder
 from orchestration.terminal import tell
-from orchestration.tracking.sender import Sender
+from orchestration.tracking.page import Page
 
 POLL_SECONDS = 0.5
-RESIZE_SECONDS = 30.0  # between looks for room for more workers
 UNSCHEDULED_LIMIT = 30  # times that a worker group of a fixed size may find no room
 
 TIMES = {
@@ -37,7 +36,7 @@ GROUP_START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Elastic: a node that has just died is still counted for a while, and a start on it only times out."""
 
 
-def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, sender: Sender, progress: Progress) -> None:
+def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, page: Page, progress: Progress) -> None:
     """Trains a run from its newest checkpoint to its end, on the Ray that is connected.
 
     Raises:
@@ -46,8 +45,8 @@ def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, sender: Sende
     """
     mailbox = open_mailbox(folder.facts.get("micro_batch"))
     training = _Training(_trainer(recipe, data, folder, lease, mailbox))
-    watch = _Watch(mailbox, training, folder, progress, recipe.train.steps)
-    sender.status("RUNNING")
+    watch = _Watch(mailbox, training, folder, page, progress, recipe.train.steps)
+    page.begins(_newest_step(folder))
     try:
         training.start()
         try:
@@ -65,12 +64,12 @@ def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, sender: Sende
                 f"{training.error}"
             )
     except (KeyboardInterrupt, TrainingError) as stop:
-        sender.close("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
+        page.close("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
         if isinstance(stop, KeyboardInterrupt):
             raise KeyboardInterrupt(f"the newest checkpoint is of step {_newest_step(folder)}") from None
         raise
     watch.close()
-    if not sender.close("FINISHED"):
+    if not page.close("FINISHED"):
         raise TrainingError(
             "tracking.uri: the run is trained and saved, but MLflow has not taken all of its curves; once it does, the "
             "same command sends the rest, evaluates the model and registers it"
@@ -102,7 +101,7 @@ def _trainer(recipe: Recipe, data: Data, folder: RunFolder, lease: int, mailbox:
             num_workers=(workers.min, workers.max) if elastic else workers.max,
             use_gpu=gpu,
             resources_per_worker={"GPU": 1} if gpu else {"CPU": threads},
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            elastic_resize_monitor_interval_s=recipe.parallel.resize_seconds,
         ),
         run_config=RunConfig(
             name=f"{recipe.name}-{lease}",  # a name of its own: our checkpoints are the truth, not Ray's
@@ -140,8 +139,11 @@ class _Training:
 class _Watch:
     """Shows what the ranks do."""
 
-    def __init__(self, mailbox: Any, training: _Training, folder: RunFolder, progress: Progress, steps: int) -> None:
-        self._mailbox, self._training, self._folder, self._progress = mailbox, training, folder, progress
+    def __init__(
+        self, mailbox: Any, training: _Training, folder: RunFolder, page: Page, progress: Progress, steps: int
+    ) -> None:
+        self._mailbox, self._training, self._folder = mailbox, training, folder
+        self._page, self._progress = page, progress
         self._bar = progress.add_task("starting workers", total=steps)
         self.news = News()
 
@@ -171,8 +173,10 @@ class _Watch:
             usual = " INFO " in line
             if rank == 0 or not usual:
                 self._say(f"rank {rank}: {line}", "dim" if usual else "yellow")
-        for when, text in self.news.events:
-            self._say(f"{time.strftime('%H:%M:%S', time.localtime(when))} {text}", "dim")
+        if self.news.events:
+            self._page.happened(*self.news.events)
+        for step, glimpse in self.news.glimpses:
+            self._page.picture(step, glimpse)
         if live := self.news.live:
             text = f"loss {live['loss']:.4f}  kept {live['kept']:.1f}  {live['images_per_second']:.0f} images/s"
             self._progress.update(self._bar, completed=live["step"], description=f"training  {text}")

@@ -7,6 +7,8 @@ the times from which a restart's parts are told. A run's state is not here: that
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from orchestration.events import Event, Kind
+
 STOP_SECONDS = 60.0  # that the ranks have to save before they are stopped
 
 Request = Literal["stop", "leave"]
@@ -46,7 +48,8 @@ class News:
     Fields:
         live: values of the newest step, for the terminal; empty before the first.
         lines: (rank, line) of the ranks' logs.
-        events: (time in seconds since the epoch, text) of restarts, resizes and the like.
+        events: restarts, resizes and the like.
+        glimpses: (step, bytes) for pictures; see orchestration.glimpse.
         stopped: whether the ranks have saved and stopped, as they were asked.
         failure: what stopped them for good.
         micro_batch: the largest micro batch that has not run out of memory, where one did.
@@ -54,7 +57,8 @@ class News:
 
     live: dict[str, float] = field(default_factory=dict)
     lines: list[tuple[int, str]] = field(default_factory=list)
-    events: list[tuple[float, str]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    glimpses: list[tuple[int, bytes]] = field(default_factory=list)
     stopped: bool = False
     failure: Failure | None = None
     micro_batch: int | None = None
@@ -102,8 +106,11 @@ class Mailbox:
     def say(self, rank: int, line: str) -> None:
         self._news.lines.append((rank, line))
 
-    def happened(self, when: float, text: str) -> None:
-        self._news.events.append((when, text))
+    def happened(self, when: float, kind: Kind, text: str) -> None:
+        self._news.events.append(Event(when, kind, text, self._steps))
+
+    def glimpse(self, step: int, content: bytes) -> None:
+        self._news.glimpses.append((step, content))
 
     def fail(self, failure: Failure) -> None:
         """The first one counts; those after it follow from it."""
@@ -136,7 +143,7 @@ class Mailbox:
     def news(self) -> News:
         """For the driver: what it has not seen yet."""
         news = self._news
-        self._news = News(news.live, [], [], news.stopped, news.failure, news.micro_batch)
+        self._news = News(live=news.live, stopped=news.stopped, failure=news.failure, micro_batch=news.micro_batch)
         return news
 
 

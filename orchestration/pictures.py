@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from slot_models import SlotCounts, SlotOutput
 
@@ -62,6 +63,28 @@ def slot_colours(slots: int) -> NDArray[np.float64]:
     """Of each slot, [K, 3] in 0..1; they repeat after ten."""
     colours: NDArray[np.float64] = mpl.colormaps["tab10"](np.arange(slots) % 10)[:, :3]
     return colours
+
+
+def attention_figure(images: NDArray[np.uint8], attention: Tensor) -> Figure:
+    """A row for each image: what each slot won of it, in its colour, iteration by iteration.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        attention: float [N, T, K, h, w], on the CPU; see SlotOutput.
+    """
+    count, iterations, slots = attention.shape[:3]
+    figure = Figure(figsize=((1 + iterations) * CELL, count * CELL + 0.3), layout="constrained", dpi=150)
+    axes = figure.subplots(count, 1 + iterations, squeeze=False)
+    shares = functional.interpolate(attention.flatten(1, 2), images.shape[1:3], mode="nearest")
+    painted = shares.numpy().reshape(count, iterations, slots, *images.shape[1:3])
+    for row, image in enumerate(images):
+        shown = [image, *(overlay(image, painted[row, iteration]) for iteration in range(iterations))]
+        for axis, picture in zip(axes[row], shown, strict=True):
+            axis.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], ["input", *(f"iteration {t + 1}" for t in range(iterations))], strict=True):
+        axis.set_title(title, fontsize=8)
+    return figure
 
 
 def confusion_figure(counts: SlotCounts) -> Figure:

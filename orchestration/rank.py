@@ -14,13 +14,13 @@ import ray
 import torch
 
 from orchestration.agreement import Agreement, Pause, open_board
-from orchestration.assembly import Data, build_model, evaluation_batches, training_order, training_stream
+from orchestration.assembly import Data, build_model, training_order, training_stream
 from orchestration.curves import Curves
 from orchestration.diagnosis import diagnose
 from orchestration.engine import DeepSpeedEngine
-from orchestration.evaluate import evaluate
 from orchestration.interval import SaveInterval
 from orchestration.mailbox import Failure, Leaving, Request, Stopped
+from orchestration.periodic_evaluation import PeriodicEvaluation
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recovery import recovery_line, recovery_parts
 from orchestration.runs.checkpoints import DamagedCheckpointError, newest_valid, restore
@@ -129,8 +129,8 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     saver = Saver(
         folder.checkpoints, token, rank, world, allowed=lambda: check_lease(folder, config["lease"]), board=board
     )
-    held_out, evaluation_steps = evaluation_batches(recipe, data.eval, rank, world)
-    measured: dict[str, float] = {}
+    schedule = Schedule(recipe.train)
+    evaluation = PeriodicEvaluation(recipe, engine, data.eval, schedule, curves, driver)
     done = start
 
     def back(report: StepReport) -> None:
@@ -143,29 +143,13 @@ def _train_rank(config: Mapping[str, Any]) -> None:
                 logger.info("%s", recovery_line(parts))
                 curves.add({f"recovery/{part}": seconds for part, seconds in parts.items()}, report.done)
 
-    def evaluate_held_out(report: StepReport) -> None:
-        measured.clear()
-        if report.done % recipe.evaluate.every and report.done != recipe.train.steps:
-            return
-        evaluation = evaluate(
-            engine.evaluate,
-            (micro for step in range(evaluation_steps) for micro in held_out.step(step)),
-            num_slots=recipe.model.num_slots,
-            background_slots=recipe.evaluate.background_slots,
-            device=engine.device,
-            total=engine.sum,
-        )
-        held_out.close()
-        measured.update(evaluation.metrics())
-        curves.add({f"eval/{name}": value for name, value in measured.items()}, report.done)
-
     def save(report: StepReport) -> None:
         pause = agreement.after(report.done)
         if pause is None and report.done != recipe.train.steps:
             return
         began = time.perf_counter()
         points = curves.take()  # raises if the loss has diverged: such a state is never saved
-        facts = {"steps": report.done, "recipe": recipe.digest(), "world": world, "eval": dict(measured)}
+        facts = {"steps": report.done, "recipe": recipe.digest(), "world": world, "eval": evaluation.measured}
         saver.save(report.done, engine, points, facts)
         interval.saved(time.perf_counter() - began)
         if pause in ("stop", "leave"):
@@ -178,14 +162,14 @@ def _train_rank(config: Mapping[str, Any]) -> None:
                 ray.get(mailbox.stopped.remote())
             raise Stopped
 
-    hooks: list[Hook] = [back, curves.record, evaluate_held_out, save]
+    hooks: list[Hook] = [back, curves.record, evaluation, save]
     if driver is not None:
         hooks.insert(1, driver.show)
     ledger = _ledger(recipe, f"{start:09d}-{token}-rank-{rank}.txt")
     with training_stream(recipe, data.train, noise, rank, world, device=device, ledger=ledger) as stream:
         background = recipe.evaluate.background_slots
         try:
-            train(engine, stream, Schedule(recipe.train), start=start, background_slots=background, hooks=hooks)
+            train(engine, stream, schedule, start=start, background_slots=background, hooks=hooks)
             saver.wait(must=True)
         except DivergedError as error:
             error.step = error.step or done
@@ -215,6 +199,14 @@ class DriverLine:
             "images_per_second": report.batch_size / report.seconds,
         }
         self._answer = self._mailbox.show.remote(values)
+
+    def warn(self, text: str) -> None:
+        """Something that whoever watches the run should know."""
+        self._mailbox.happened.remote(time.time(), "warning", text)
+
+    def picture(self, step: int, glimpse: bytes) -> None:
+        """What a picture of a step is drawn from; see orchestration.glimpse."""
+        self._mailbox.glimpse.remote(step, glimpse)
 
     def request(self) -> Request | None:
         """What the driver or the controller wants, as far as it has been heard."""

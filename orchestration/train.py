@@ -49,7 +49,7 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> Non
     from orchestration.runs.checkpoints import newest_valid
     from orchestration.show import report
     from orchestration.tracking import Tracker, tracking_uri
-    from orchestration.tracking.sender import Sender
+    from orchestration.tracking.page import Page
 
     tracking_uri(recipe)  # raises before anything starts
     newest = newest_valid(folder.checkpoints)
@@ -63,10 +63,9 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> Non
             _pin_data(folder, digests)
             if newest is not None:
                 console.print(f"run [bold]{recipe.name}[/]: going on from step {newest.steps}")
-            with Sender(lambda: Tracker(recipe, folder), [], lambda text, style: tell(progress, text, style)) as sender:
-                fit(recipe, data_folders(recipe), folder, lease, sender, progress)
-            assert sender.tracker is not None  # all of it has arrived
-            tracker = sender.tracker
+            with Page(recipe, folder, lambda text, style: tell(progress, text, style)) as page:
+                fit(recipe, data_folders(recipe), folder, lease, page, progress)
+            tracker = page.tracker
     else:
         console.print(f"run [bold]{recipe.name}[/]: finished at step {newest.steps}; evaluating")
         _pin_data(folder, check_data(recipe))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestration.events import Event
 from orchestration.mailbox import Failure, Mailbox
 from orchestration.recovery import recovery_line, recovery_parts
 
@@ -11,12 +12,18 @@ LIVE = {"when": 100.0, "step": 7, "loss": 0.5, "kept": 3.0, "images_per_second":
 def test_news_are_told_once() -> None:
     box = Mailbox()
     box.say(1, "hello")
-    box.happened(1.0, "training on 2 workers")
+    box.happened(1.0, "workers", "training on 2 workers")
     assert box.show(LIVE) is None
+    box.happened(2.0, "warning", "all slots are kept")
+    box.glimpse(7, b"picture")
     news = box.news()
-    assert (news.lines, news.events, news.live) == ([(1, "hello")], [(1.0, "training on 2 workers")], LIVE)
+    assert (news.lines, news.glimpses, news.live) == ([(1, "hello")], [(7, b"picture")], LIVE)
+    assert news.events == [
+        Event(1.0, "workers", "training on 2 workers", 0),
+        Event(2.0, "warning", "all slots are kept", 7),
+    ]
     again = box.news()
-    assert (again.lines, again.events, again.live) == ([], [], LIVE)
+    assert (again.lines, again.events, again.glimpses, again.live) == ([], [], [], LIVE)
 
 
 def test_a_stop_outlives_a_restart_and_a_resize_does_not() -> None:

@@ -1,0 +1,73 @@
+"""A run's page in MLflow, as its driver fills it: nothing here waits for MLflow but the end."""
+
+import time
+from collections.abc import Callable
+from typing import Literal, Self
+
+from orchestration.events import Event, EventLog, Kind
+from orchestration.recipe import Recipe
+from orchestration.runs.folder import RunFolder
+from orchestration.tracking.gallery import Gallery
+from orchestration.tracking.happenings import Happenings
+from orchestration.tracking.sender import CLOSE_SECONDS, Sender
+from orchestration.tracking.tracker import Tracker
+
+End = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Page:
+    """Curves, events and pictures, sent by a thread while the run trains; see Sender.
+
+    Args:
+        say: shows the user a line, in a style.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str, str], None]) -> None:
+        self._say = say
+        self._log, self._gallery = EventLog(folder.storage), Gallery(folder.path / "pictures")
+        self._sender = Sender(lambda: Tracker(recipe, folder), [Happenings(self._log), self._gallery], say)
+        self._step, self._closed = 0, False
+
+    def __enter__(self) -> Self:
+        self._sender.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._closed:
+            self.close("FAILED")
+
+    @property
+    def tracker(self) -> Tracker:
+        """Once all has arrived."""
+        assert self._sender.tracker is not None
+        return self._sender.tracker
+
+    def begins(self, step: int) -> None:
+        """The run begins, or goes on, after so many steps."""
+        self._sender.status("RUNNING")
+        self.happened(Event(time.time(), "start", f"from step {step}", step))
+
+    def happened(self, *events: Event) -> None:
+        """Notes events, and shows them."""
+        for event in events:
+            self._step = max(self._step, event.step)
+            style = "yellow" if event.kind == "warning" else "dim"
+            self._say(f"{time.strftime('%H:%M:%S', time.localtime(event.when))} {event.text}", style)
+        try:
+            self._log.add(*events)
+        except OSError as error:
+            self._say(f"events are not in the run's folder, the next one will try again: {error}", "yellow")
+
+    def picture(self, step: int, glimpse: bytes) -> None:
+        """What the pictures of a step are drawn from."""
+        try:
+            self._gallery.add(step, glimpse)
+        except OSError as error:
+            self._say(f"there will be no pictures of step {step}: {error}", "yellow")
+
+    def close(self, end: End, seconds: float = CLOSE_SECONDS) -> bool:
+        """Sends the rest; whether all of it has arrived. See Sender."""
+        self._closed = True
+        kind: Kind = "end" if end == "FINISHED" else "stop"
+        self.happened(Event(time.time(), kind, end.lower(), self._step))
+        return self._sender.close(end, seconds)
