@@ -19,11 +19,17 @@ from orchestration.clusters.rules import (
     pinned_ray,
     secret_problems,
     starts,
+    stop_problems,
     texts,
     unknown,
     within,
 )
+from orchestration.mailbox import STOP_SECONDS
 
+DRAIN_SECONDS = 30
+"""Ray's, where RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S is not set."""
+GRACE_SECONDS = 30
+"""Kubernetes', from a pod's SIGTERM to its SIGKILL."""
 _SPOT_LABELS = ("karpenter.sh/capacity-type", "eks.amazonaws.com/capacityType", "cloud.google.com/gke-spot")
 
 
@@ -108,6 +114,7 @@ def _job(manifest: Config) -> Iterator[str]:
         yield "spec.runtimeEnvYAML: the text is no YAML mapping; write fields such as env_vars:"
     else:
         yield from secret_problems(environment, "spec.runtimeEnvYAML")
+        yield from stop_problems("spec.runtimeEnvYAML", part(environment, "env_vars"))
 
 
 def _groups(where: str, spec: Config) -> Iterator[str]:
@@ -136,8 +143,26 @@ def _groups(where: str, spec: Config) -> Iterator[str]:
         if not least <= group.get("replicas", least) <= most:
             yield f"{path}.replicas: {group['replicas']} is not from minReplicas to maxReplicas; leave it out"
         yield from _spot(path, group)
+        yield from _drain(path, group)
     if not spec.get("workerGroupSpecs"):
         yield f"{where}.workerGroupSpecs: there are none, so there are no workers; add a group"
+
+
+def _drain(path: str, group: Config) -> Iterator[str]:
+    """`ray start` drains its node at the SIGTERM that a pod gets, if Kubernetes gives it the time."""
+    pod = part(part(group, "template"), "spec")
+    drain = _environment(_ray_container(group)).get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", str(DRAIN_SECONDS))
+    grace = pod.get("terminationGracePeriodSeconds", GRACE_SECONDS)
+    if not drain.isdigit() or int(drain) < int(STOP_SECONDS):
+        yield (
+            f"{path}.template.spec.containers[0].env: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S={drain} is too little for "
+            f"ranks to save before their pod goes; set {STOP_SECONDS:.0f} or more"
+        )
+    elif not isinstance(grace, int) or grace <= int(drain):
+        yield (
+            f"{path}.template.spec.terminationGracePeriodSeconds: {grace} is not above "
+            f"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S={drain}, so pods are killed while ranks save; raise it"
+        )
 
 
 def _spot(path: str, group: Config) -> Iterator[str]:

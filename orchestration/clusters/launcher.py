@@ -11,6 +11,7 @@ from orchestration.clusters.startup import (
     docker_image_problems,
     install_problems,
     network_problems,
+    notice_problems,
     ray_start_problems,
     tracking_problems,
 )
@@ -35,6 +36,8 @@ def launcher_problems(config: Config) -> Iterator[str]:
     yield from worker_count_problems(config, prepared)
     yield from machine_problems(kind, prepared)
     yield from spot_problems(kind, prepared)
+    if any(is_spot(kind, node_type["node_config"]) for node_type in prepared["available_node_types"].values()):
+        yield from notice_problems(kind, prepared)
     yield from docker_image_problems(prepared)
     yield from network_problems(kind, prepared)
     yield from ray_start_problems(prepared)

@@ -6,13 +6,15 @@ Each function takes the place in the file and its value, and gives a sentence fo
 import difflib
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
+
+from orchestration.submission.job import LEAST_STOP_SECONDS
 
 Config = dict[str, Any]
 
@@ -181,6 +183,16 @@ def mlflow_problems(server: Start) -> Iterator[str]:
     hosts = server.option("--allowed-hosts")
     if not hosts or "*" in hosts.split(","):
         yield f"{server.path}: mlflow server --allowed-hosts {hosts} lets any name in; list the head's address alone"
+
+
+def stop_problems(path: str, environment: Mapping[str, Any]) -> Iterator[str]:
+    """A job that is stopped needs time to save; Ray gives it three seconds."""
+    seconds = str(environment.get("RAY_JOB_STOP_WAIT_TIME_S"))
+    if not seconds.isdigit() or int(seconds) < LEAST_STOP_SECONDS:
+        yield (
+            f"{path}: RAY_JOB_STOP_WAIT_TIME_S={seconds} is too little for a stopped job to save; set "
+            f"{LEAST_STOP_SECONDS} or more"
+        )
 
 
 def secret_problems(value: Any, path: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from orchestration.clusters.rules import (
+    BUCKETS,
     LOOPBACK,
     Config,
     Start,
@@ -14,6 +15,7 @@ from orchestration.clusters.rules import (
     parts,
     pinned_ray,
     requirement,
+    stop_problems,
     texts,
     within,
 )
@@ -97,6 +99,13 @@ def ray_start_problems(prepared: Config) -> Iterator[str]:
                 "node's disk, so that downloaded shards outlive the container"
             )
     for start in heads:
+        yield from stop_problems(start.path, start.env)
+        runs = start.env.get("SLOTFORGE_RUNS", "")
+        if runs and not runs.startswith(BUCKETS) and not within(runs, mounted):
+            yield (
+                f"{start.path}: SLOTFORGE_RUNS={runs} is inside the container, and its checkpoints are lost with it; "
+                "name a bucket, or a folder on shared storage"
+            )
         host = start.option("--dashboard-host")
         if host is not None and host not in LOOPBACK:
             yield f"{start.path}: --dashboard-host={host} shows the dashboard to the network; set it to 127.0.0.1"
@@ -113,6 +122,23 @@ def ray_start_problems(prepared: Config) -> Iterator[str]:
             "file_mounts: no node gets the token; add /home/ray/.ray/auth_token: ~/.ray/auth_token, made by "
             "ray get-auth-token --generate"
         )
+
+
+def notice_problems(provider: str, prepared: Config) -> Iterator[str]:
+    """Nothing in Ray hears that a spot machine is taken back."""
+    commands = prepared["worker_start_ray_commands"]
+    watchers = all_starts("worker_start_ray_commands", commands, "python -m orchestration.clusters.spot")
+    if not watchers:
+        yield (
+            "worker_start_ray_commands: nobody watches for spot notices, so a machine goes without a word; start "
+            f"nohup setsid python -m orchestration.clusters.spot {provider} after ray start, in the background"
+        )
+    for watcher in watchers:
+        cloud = next((word for word in watcher.arguments if not word.startswith(("-", ">", "<"))), None)
+        if cloud != provider:
+            yield f"{watcher.path}: orchestration.clusters.spot {cloud} asks another cloud; write {provider}"
+        if watcher.env.get("RAY_AUTH_MODE") != "token":
+            yield f"{watcher.path}: without RAY_AUTH_MODE=token Ray does not listen to the watcher; set it"
 
 
 def install_problems(provider: str, prepared: Config) -> Iterator[str]:

@@ -42,10 +42,11 @@ def submit(
             1,
         )
     from orchestration.submission import submit as submission
+    from orchestration.submission.job import LEAST_STOP_SECONDS
     from orchestration.submission.package import PackageError
     from orchestration.train import INTERRUPTED
 
-    least = submission.least_stop_seconds()
+    least = LEAST_STOP_SECONDS
     if stop_seconds is not None and stop_seconds < least:
         fail(f"--stop-seconds: {stop_seconds} is less than the {least} that saving may take; give that or more", 2)
     try:

@@ -110,10 +110,13 @@ class Follower:
                 info = _answer(lambda: self._client.get_job_info(self._id))
                 answered = self._now()
                 if info.status.is_terminal():
-                    # The end of a log that broke off is worth other tries, but not many: its node may be gone.
-                    if trouble is None or at_the_end == LAST_TRIES:
+                    # A log that ended before the job may have ended early: it is read once more. One that breaks off
+                    # is worth some tries, but not many: its node may be gone.
+                    if at_the_end > 0 and (trouble is None or at_the_end > LAST_TRIES):
                         return Outcome(End(info.status.value), info.driver_exit_code, info.message or "")
                     at_the_end += 1
+                    if trouble is None:
+                        continue
             except _Disconnected as error:
                 trouble = str(error)
             except _NoSuchJobError as error:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from orchestration.mailbox import STOP_SECONDS
 from orchestration.recipe import Recipe, RecipeError
 from pipelines.sources import local_path
 
-PASSED_ON = ("SLOTFORGE_HOME", "SLOTFORGE_RUNS", "MLFLOW_TRACKING_URI")
+LEAST_STOP_SECONDS = int(STOP_SECONDS) + 30
+"""That a job needs from the request to stop to its end: for its ranks to save, and for what the driver does then."""
+PASSED_ON = ("SLOTFORGE_HOME", "SLOTFORGE_RUNS")
 """Variables that a job gets where the user has set them; any other is set where Ray is started."""
 
 
@@ -60,8 +63,8 @@ def environment(given: Mapping[str, str], stop_seconds: int, width: int) -> dict
     for name, value in passed.items():
         if "://" in value and urlsplit(value).password:
             raise RecipeError(
-                f"{name}: it holds a password, which Ray shows to everybody who sees the job; set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where Ray is started on the head"
+                f"{name}: it holds a password, which Ray shows to everybody who sees the job; set credentials where "
+                "Ray is started, e.g. as AWS_* variables"
             )
     return {**passed, "RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds), "COLUMNS": str(width)}
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from orchestration.mailbox import STOP_SECONDS
 from orchestration.recipe import find_recipe, load_recipe
 from orchestration.runs.lease import LEASE_SECONDS
 from orchestration.submission.follow import End, Follower, Jobs, Outcome
@@ -20,8 +19,6 @@ from orchestration.submission.package import pack
 from orchestration.terminal import new_progress
 from orchestration.train import INTERRUPTED
 
-STOP_MARGIN = 30
-"""Seconds for what a driver does after its ranks have saved."""
 START_SECONDS = 60.0
 """In which a head that has just told its address gets ready for jobs."""
 RETRY_SECONDS = 10.0
@@ -36,11 +33,6 @@ class Client(Jobs, Protocol):
     """The part of ray.job_submission.JobSubmissionClient that is used."""
 
     def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str: ...
-
-
-def least_stop_seconds() -> int:
-    """That a job needs from the request to stop to its end."""
-    return int(STOP_SECONDS) + STOP_MARGIN
 
 
 def submit(

@@ -262,14 +262,14 @@ def test_a_job_is_named_after_its_run_and_its_command_survives_a_shell() -> None
 
 def test_a_job_gets_what_the_user_has_set_and_no_secret() -> None:
     from orchestration.mailbox import STOP_SECONDS
-    from orchestration.submission.submit import least_stop_seconds
+    from orchestration.submission.job import LEAST_STOP_SECONDS
 
-    assert least_stop_seconds() > STOP_SECONDS
+    assert LEAST_STOP_SECONDS > STOP_SECONDS
     given = {"SLOTFORGE_HOME": "/shared", "MLFLOW_TRACKING_PASSWORD": "x", "AWS_SECRET_ACCESS_KEY": "y"}
     passed = environment(given, 90, 120)
     assert passed == {"SLOTFORGE_HOME": "/shared", "RAY_JOB_STOP_WAIT_TIME_S": "90", "COLUMNS": "120"}
-    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_URI") as caught:
-        environment({"MLFLOW_TRACKING_URI": "https://me:hunter2@host"}, 90, 120)
+    with pytest.raises(RecipeError, match="SLOTFORGE_RUNS") as caught:
+        environment({"SLOTFORGE_RUNS": "s3://me:hunter2@bucket"}, 90, 120)
     assert "hunter2" not in str(caught.value)
 
 
