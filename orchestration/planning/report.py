@@ -208,7 +208,8 @@ def show(plan: RunPlan, given: Assumptions, console: Console) -> None:
     console.print(
         f"\nBest: the time between checkpoints by Young and Daly. State is fp32; {GPU_OVERHEAD}. A node is lost every "
         f"{plan.mtbf_hours:g} hours and a rank writes {given.disk_mb_per_second:g} MB/s by assumption "
-        "(train.mtbf_hours, --disk-mb-per-second); each worker has a machine of its own, and communication is not counted.",
+        "(train.mtbf_hours, --disk-mb-per-second); each worker has a machine of its own, and communication is not "
+        "counted.",
         style="dim",
     )
 
