@@ -21,6 +21,8 @@ from orchestration.serving.sources import Source
 from pipelines import DataError, TransientError
 
 _READER_CPUS, _MODEL_CPUS = 0.25, 0.75
+_TOLD_BY_US = ("ray.data._internal.progress", "ray.data._internal.execution.streaming_executor_state")
+"""Loggers: the progress bar is ours, and what fails is raised too."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ def predict_parts(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours is in the terminal
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for told in _TOLD_BY_US:
+        logging.getLogger(told).setLevel(logging.CRITICAL)
     data = ray.data.read_datasource(
         _datasource(source, work.missing, side),
+        concurrency=workers,  # decoding keeps ahead of the model with less
         override_num_blocks=len(work.missing),
         num_cpus=_READER_CPUS,
     ).map_batches(
@@ -73,7 +78,9 @@ def predict_parts(
         for row in data.iter_rows():
             yield Step(**row)
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, DataError) else error) from None
+        if isinstance(error.cause, TransientError):
+            raise TransientError(str(error.cause).partition("\n")[0]) from None  # Ray puts advice of its own after it
+        raise
 
 
 def read_parts(source: Source, parts: Sequence[Part], side: int) -> Iterator[pa.Table]:
