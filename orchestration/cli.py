@@ -6,6 +6,7 @@ import typer
 
 from orchestration.clusters.cli import cluster
 from orchestration.command_line import Overrides, RecipeName, console, fail
+from orchestration.planning.cli import plan
 from orchestration.recipe import RecipeError, load_recipe
 from orchestration.registry.cli import models
 from orchestration.serving.cli import predict, serve
@@ -19,12 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(shards, name="shards")
-app.add_typer(cluster, name="cluster")
-app.add_typer(models)
-app.command(epilog="For example: slotforge submit demo --address http://localhost:8265 --retries 3")(submit)
-app.command(epilog="For example: slotforge predict photo.jpg --model models:/slotforge-demo@champion")(predict)
-app.command(epilog="For example: slotforge serve --model models:/slotforge-demo@champion --port 8000")(serve)
 
 
 @app.command()
@@ -54,32 +49,13 @@ def recipe(
         fail(str(error), 2)
 
 
-@app.command(epilog="For example: slotforge plan tetrominoes --step-seconds 0.05 --price-per-hour 0.4")
-def plan(
-    recipe: RecipeName,
-    overrides: Overrides = [],  # noqa: B006
-    step_seconds: Annotated[float | None, typer.Option(help="seconds of one step, measured where it will run")] = None,
-    step_workers: Annotated[int | None, typer.Option(help="workers of that step; parallel.workers.min")] = None,
-    measure: Annotated[bool, typer.Option(help="time a few steps on this machine's CPU, if none is given")] = True,
-    price_per_hour: Annotated[float | None, typer.Option(help="of one worker's machine")] = None,
-    disk_mb_per_second: Annotated[float, typer.Option(help="that one worker writes of a checkpoint")] = 200.0,
-    as_json: Annotated[bool, typer.Option("--json", help="plain values, in bytes and seconds")] = False,
-) -> None:
-    """Say what a recipe will take, before any money is spent: memory, steps, checkpoints, time and cost."""
-    import json
-
-    from orchestration.planning import report as plan_report
-
-    given = plan_report.Assumptions(step_seconds, step_workers, measure, disk_mb_per_second, price_per_hour)
-    try:
-        found = plan_report.plan_run(load_recipe(recipe, overrides), given)
-    except RecipeError as error:
-        fail(str(error), 2)
-    if as_json:
-        print(json.dumps(plan_report.as_json(found), indent=1))
-        return
-    plan_report.show(found, given, console)
-
+app.command(epilog="For example: slotforge submit demo --address http://localhost:8265 --retries 3")(submit)
+app.command(epilog="For example: slotforge plan tetrominoes --step-seconds 0.05 --price-per-hour 0.4")(plan)
+app.command(epilog="For example: slotforge predict photo.jpg --model models:/slotforge-demo@champion")(predict)
+app.command(epilog="For example: slotforge serve --model models:/slotforge-demo@champion --port 8000")(serve)
+app.add_typer(models)
+app.add_typer(shards, name="shards")
+app.add_typer(cluster, name="cluster")
 
 if __name__ == "__main__":
     app()

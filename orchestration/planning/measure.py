@@ -68,7 +68,7 @@ def saved_bytes(recipe: Recipe, model: SlotAutoencoder, samples: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    micro, schedule = _synthetic(recipe, model, samples), Schedule(recipe.train)
+    micro, schedule = synthetic_batch(recipe, model, samples), Schedule(recipe.train)
     last = schedule.steps - 1  # the gate decides
     bf16 = recipe.parallel.precision == "bf16"
     with (
@@ -142,7 +142,7 @@ def _timed(recipe: Recipe, engine: PlainEngine, samples: int) -> StepTime:
     """The faster of a run's two last steps, after one that is not counted."""
     assert isinstance(engine.module, SlotAutoencoder)
     reports: list[StepReport] = []
-    batches = _OneBatch(_synthetic(recipe, engine.module, samples))
+    batches = _OneBatch(synthetic_batch(recipe, engine.module, samples))
     schedule = Schedule(recipe.train.model_copy(update={"steps": max(3, recipe.train.steps)}))
     train(engine, batches, schedule, start=schedule.steps - 3, hooks=(reports.append,))
     return StepTime(min(report.seconds for report in reports[1:]) / samples, samples, len(reports) - 1)
@@ -162,7 +162,7 @@ class _OneBatch:
         return [self.micro]
 
 
-def _synthetic(recipe: Recipe, model: SlotAutoencoder, samples: int) -> MicroBatch:
+def synthetic_batch(recipe: Recipe, model: SlotAutoencoder, samples: int) -> MicroBatch:
     """Images and noise of the right shapes: times and sizes do not depend on what is in them."""
     generator = torch.Generator().manual_seed(0)
     size, shapes = recipe.model.image_size, model.noise_shapes()

@@ -1,0 +1,34 @@
+"""slotforge plan"""
+
+from typing import Annotated
+
+import typer
+
+from orchestration.command_line import Overrides, RecipeName, console, fail
+from orchestration.recipe import RecipeError, load_recipe
+
+
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = [],  # noqa: B006 typer reads it, nothing writes it
+    step_seconds: Annotated[float | None, typer.Option(help="seconds of one step, measured where it will run")] = None,
+    step_workers: Annotated[int | None, typer.Option(help="workers of that step; parallel.workers.min")] = None,
+    measure: Annotated[bool, typer.Option(help="time a few steps on this machine's CPU, if none is given")] = True,
+    price_per_hour: Annotated[float | None, typer.Option(help="of one worker's machine")] = None,
+    disk_mb_per_second: Annotated[float, typer.Option(help="that one worker writes of a checkpoint")] = 200.0,
+    as_json: Annotated[bool, typer.Option("--json", help="plain values, in bytes and seconds")] = False,
+) -> None:
+    """Say what a recipe will take, before any money is spent: memory, steps, checkpoints, time and cost."""
+    import json
+
+    from orchestration.planning import report as plan_report
+
+    given = plan_report.Assumptions(step_seconds, step_workers, measure, disk_mb_per_second, price_per_hour)
+    try:
+        found = plan_report.plan_run(load_recipe(recipe, overrides), given)
+    except RecipeError as error:
+        fail(str(error), 2)
+    if as_json:
+        print(json.dumps(plan_report.as_json(found), indent=1))
+        return
+    plan_report.show(found, given, console)
