@@ -59,7 +59,7 @@ def test_leaving_as_asked_is_no_failure(box: Mailbox) -> None:
     policy = restarts(box, limit=0)
     for _ in range(5):
         assert decide(policy, Leaving("saved at step 3"), RuntimeError("its peer left")) == "RETRY"
-    assert [text for _, text in box.news().events] == ["workers start anew: saved at step 3"] * 5
+    assert [event.text for event in box.news().events] == ["workers start anew: saved at step 3"] * 5
     assert decide(policy, RuntimeError("lost")) == "RAISE"
 
 

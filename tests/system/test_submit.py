@@ -33,7 +33,7 @@ def head(home: Path) -> Iterator[Head]:
     token = home / "head-token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
     users = {**inherited, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "COLUMNS": "200"}
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])  # an activated environment
     command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
@@ -56,6 +56,7 @@ def head(home: Path) -> Iterator[Head]:
     process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_saves_and_the_next_goes_on_with_it(twin: tuple[Run, str], head: Head) -> None:
     undisturbed, _ = twin
     run = Run(undisturbed.home, "submitted", ("parallel.workers={min: 1, max: 1}", "parallel.zero_stage=3"))
