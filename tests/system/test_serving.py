@@ -31,6 +31,8 @@ from pipelines import write_index, write_shard
 SIDE = 15
 CLIENTS = 4
 
+pytestmark = pytest.mark.slow
+
 
 def image(number: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
     random = np.random.Generator(np.random.Philox(key=[number, 11]))
