@@ -1,5 +1,6 @@
 """A model as a program of torch.export: a file that torch alone runs, without our code."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ def export(finder: ObjectFinder, path: Path) -> None:
     so that nothing in it is pickled. ``torch.export.load(path).module()`` runs it.
     """
     images = torch.zeros(2, finder.image_size, finder.image_size, 3, dtype=torch.uint8)
+    frozen = copy.deepcopy(finder).requires_grad_(False)
     with torch.no_grad():
-        program = torch.export.export(finder, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        program = torch.export.export(frozen, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     program.example_inputs = None
     for node in program.graph.nodes:
         for key in _SOURCES:

@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlflow
-import numpy as np
 import pytest
+from made_up import MadeUp, new
 
-from orchestration.recipe import RegistrySection, parse_recipe
 from orchestration.registry import promote as module
 from orchestration.registry.lock import PromotionError
 from orchestration.registry.promote import (
@@ -19,64 +18,22 @@ from orchestration.registry.promote import (
     PREVIOUS,
     Decision,
     decided,
-    holder,
     moved_by_hand,
-    promote,
     rollback,
 )
-from orchestration.registry.record import Contender
-from orchestration.registry.trained import Trained
-from orchestration.scores import Scores
-
-IMAGES = 60
-SHARDS = {"train": "a", "eval": "b"}
-
-
-def scores(fg_ari: float) -> Scores:
-    noise = np.random.Generator(np.random.Philox(key=[3, round(fg_ari * 1e6)])).normal(0, 0.001, IMAGES)
-    objects = np.arange(IMAGES) % 3 + 1
-    values = {"fg_ari": fg_ari + noise, "reconstruction": 0.1 - noise}
-    return Scores(values, kept=objects, objects=objects, num_slots=4, background_slots=0)
-
-
-class Registry:
-    """A registered model whose versions have a made-up foreground ARI."""
-
-    def __init__(self, client: mlflow.MlflowClient, name: str) -> None:
-        self.client, self.name = client, name
-        self.qualities: dict[str, float] = {}
-        self.trained = Trained.of(parse_recipe({"name": "a", "data": SHARDS}), {})
-        client.create_registered_model(name)
-
-    def add(self, quality: float) -> str:
-        version = str(self.client.create_model_version(self.name, "made:up", await_creation_for=0).version)
-        self.qualities[version] = quality
-        return version
-
-    def contender(self, version: str) -> Contender:
-        return Contender(self.name, version, self.trained, scores(self.qualities[version]), "digest of the shards")
-
-    def promote(self, version: str, scored: Callable[[str], None] = lambda version: None, **gate: Any) -> Decision:
-        def champion(version: str) -> Contender:
-            scored(version)
-            return self.contender(version)
-
-        return promote(self.client, self.contender(version), RegistrySection(**gate), champion)
-
-    def aliases(self) -> tuple[str | None, str | None]:
-        return holder(self.client, self.name, CHAMPION), holder(self.client, self.name, PREVIOUS)
-
-    def decision(self, version: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.client.get_model_version(self.name, version).tags["gate.decision"])
-        return found
 
 
 @pytest.fixture
-def registry(client: mlflow.MlflowClient, request: pytest.FixtureRequest) -> Registry:
-    return Registry(client, f"model-{zlib.crc32(request.node.name.encode())}")
+def registry(client: mlflow.MlflowClient, request: pytest.FixtureRequest) -> MadeUp:
+    return new(client, f"model-{zlib.crc32(request.node.name.encode())}")
 
 
-def test_promote_and_rollback_there_and_back(registry: Registry) -> None:
+def decision(registry: MadeUp, version: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(registry.client.get_model_version(registry.name, version).tags["gate.decision"])
+    return found
+
+
+def test_promote_and_rollback_there_and_back(registry: MadeUp) -> None:
     client, name = registry.client, registry.name
     first, better, worse = registry.add(0.8), registry.add(0.9), registry.add(0.7)
     with pytest.raises(ValueError, match="it has no champion"):
@@ -112,7 +69,7 @@ def test_promote_and_rollback_there_and_back(registry: Registry) -> None:
     assert registry.aliases() == (better, first)
 
 
-def test_the_decision_is_written_on_the_version_with_all_figures(registry: Registry) -> None:
+def test_the_decision_is_written_on_the_version_with_all_figures(registry: MadeUp) -> None:
     client, name = registry.client, registry.name
     first, second = registry.add(0.8), registry.add(0.9)
     client.update_model_version(name, second, description="Trained by hand.")
@@ -130,17 +87,17 @@ def test_the_decision_is_written_on_the_version_with_all_figures(registry: Regis
         client.delete_registered_model_alias(name, CHAMPION)
         client.set_registered_model_alias(name, CHAMPION, first)
         registry.promote(second, floors={"fg_ari": 0.5}, tolerated_loss=0.01)  # said again: written once
-    decision = registry.decision(second)
-    assert decision["passed"] and decision["champion"] == first and decision["images"] == 60
-    assert decision["gate"]["tolerated_loss"] == 0.01
-    assert decision["comparison"]["bound"] == pytest.approx(0.1, abs=0.001)
+    written = decision(registry, second)
+    assert written["passed"] and written["champion"] == first and written["images"] == 60
+    assert written["gate"]["tolerated_loss"] == 0.01
+    assert written["comparison"]["bound"] == pytest.approx(0.1, abs=0.001)
     for role, quality in (("candidate", 0.9), ("champion", 0.8)):
-        figure = decision["figures"][role]["fg_ari"]
+        figure = written["figures"][role]["fg_ari"]
         assert figure["low"] <= figure["value"] <= figure["high"]
         assert figure["value"] == pytest.approx(quality, abs=1e-3)
 
 
-def test_a_champion_that_comes_while_one_is_scored_is_met_too(registry: Registry) -> None:
+def test_a_champion_that_comes_while_one_is_scored_is_met_too(registry: MadeUp) -> None:
     old, candidate, rival = registry.add(0.5), registry.add(0.8), registry.add(0.9)
     registry.promote(old)
     met = []
@@ -155,7 +112,7 @@ def test_a_champion_that_comes_while_one_is_scored_is_met_too(registry: Registry
     assert registry.aliases() == (rival, old)
 
 
-def test_promotions_at_once_form_a_chain(registry: Registry) -> None:
+def test_promotions_at_once_form_a_chain(registry: MadeUp) -> None:
     """All are scored against the same champion first; each winner replaced the winner before it."""
     old = registry.add(0.5)
     registry.promote(old)
@@ -175,7 +132,7 @@ def test_promotions_at_once_form_a_chain(registry: Registry) -> None:
     with ThreadPoolExecutor(len(candidates)) as pool:
         decisions = list(pool.map(run, candidates))
     winners = [decision.version for decision in decisions if decision.champion]
-    replaced = {registry.decision(version)["champion"]: version for version in winners}
+    replaced = {decision(registry, version)["champion"]: version for version in winners}
     assert len(replaced) == len(winners)  # nobody was replaced twice
     chain = [old]
     while chain[-1] in replaced:
@@ -187,7 +144,7 @@ def test_promotions_at_once_form_a_chain(registry: Registry) -> None:
 
 
 @pytest.fixture
-def by_hand(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+def by_hand(registry: MadeUp, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Somebody who moves the alias right when the lock is asked for the last time."""
 
     def at(version: str) -> None:
@@ -202,7 +159,7 @@ def by_hand(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     return at
 
 
-def test_a_hand_at_the_same_moment_is_noticed(registry: Registry, by_hand: Callable[[str], None]) -> None:
+def test_a_hand_at_the_same_moment_is_noticed(registry: MadeUp, by_hand: Callable[[str], None]) -> None:
     first, other, candidate = registry.add(0.5), registry.add(0.6), registry.add(0.9)
     registry.promote(first)
     by_hand(other)
@@ -212,7 +169,7 @@ def test_a_hand_at_the_same_moment_is_noticed(registry: Registry, by_hand: Calla
     assert decided(registry.client, registry.name, candidate) is None
 
 
-def test_a_hand_in_the_ui_is_told(registry: Registry) -> None:
+def test_a_hand_in_the_ui_is_told(registry: MadeUp) -> None:
     client, name = registry.client, registry.name
     first, second = registry.add(0.5), registry.add(0.9)
     with pytest.raises(ValueError, match="there is no such registered model"):
@@ -238,7 +195,7 @@ def test_a_hand_in_the_ui_is_told(registry: Registry) -> None:
     ],
 )
 def test_a_promotion_that_dies_on_the_way_is_told_and_can_be_said_again(
-    registry: Registry,
+    registry: MadeUp,
     monkeypatch: pytest.MonkeyPatch,
     call: str,
     survived: int,
