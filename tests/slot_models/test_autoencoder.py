@@ -130,6 +130,7 @@ def test_an_output_has_the_documented_shapes_and_values(sizes: dict[str, Any]) -
         "target": (batch, 3, size, size),
         "auxiliary": (batch,),
         "code_tally": (9, 65) if "codebook" in sizes else None,
+        "attention": None,
     }
     assert (output.auxiliary == 0).all()
     assert set(output.keep.unique().tolist()) <= {0.0, 1.0} and (output.keep.sum(dim=1) >= 1).all()
