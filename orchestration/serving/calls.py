@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 TRIES = 3
 """Of a request whose replica died under it: an answer depends on the request alone, so another one may give it."""
 
+MOST_BYTES = 4 * 2**20
+"""Of requests that go together: beyond that a call costs little beside what it carries."""
+
 
 class LostError(Exception):
     """Who was called died before it answered."""
@@ -81,12 +84,15 @@ class Calls:
         self._callers.discard(asyncio.current_task())
 
     def _next(self) -> list[_Asked]:
-        """What goes in the next call: requests together, up to a batch, or one that goes alone."""
+        """What goes in the next call: requests together, up to a batch or to so many bytes, or one that goes alone."""
         together: list[_Asked] = []
+        size = 0
         while self._waiting and len(together) < self._batch and not (together and together[0].alone):
-            if self._waiting[0].answer.done():  # who asked has gone
+            asked = self._waiting[0]
+            size += len(asked.work.body)
+            if asked.answer.done():  # who asked has gone
                 self._waiting.popleft()
-            elif together and self._waiting[0].alone:
+            elif together and (asked.alone or size > MOST_BYTES):
                 break
             else:
                 together.append(self._waiting.popleft())
