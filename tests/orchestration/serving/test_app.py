@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import logging
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import urllib3
-import uvicorn
 from PIL import Image
 from served import SIDE, photo
 from test_images import bomb, encoded
@@ -27,7 +27,7 @@ from orchestration.serving.app import Terms, UnavailableError, application
 from orchestration.serving.finder import Finder
 from orchestration.serving.found import Found
 from orchestration.serving.images import Limits, Pixels
-from orchestration.serving.service import bound
+from orchestration.serving.service import bound, http_server
 
 TOKEN = "0123456789abcdef-secret"
 LIMITS = Limits(bytes=60_000, pixels=5000, images=3)
@@ -82,7 +82,7 @@ class Client:
 def serving(backend: Local, **terms: Any) -> Iterator[Client]:
     app = application(backend, Terms(backend.limits, **terms), {"model": "models:/m/1"})
     with bound("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
+        server = http_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
@@ -199,6 +199,15 @@ def test_an_endless_body_is_cut_off_at_the_limit(client: Client) -> None:
         for _ in range(8):
             sent.sendall(b"2000\r\n" + bytes(0x2000) + b"\r\n")
         assert sent.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_an_endless_head_is_cut_off(client: Client) -> None:
+    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as sent:
+        sent.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\n")
+        with contextlib.suppress(ConnectionError):  # it hangs up while this is sent
+            for number in range(1000):
+                sent.sendall(b"X-%d: " % number + bytes([65]) * 1000 + b"\r\n")
+            assert sent.recv(4096).startswith(b"HTTP/1.1 400")
 
 
 def test_a_slow_body_is_given_up(backend: Local) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from orchestration.serving.answers import JSON, Answer, Work
 from orchestration.serving.app import UnavailableError
-from orchestration.serving.calls import TRIES, Calls, LostError
+from orchestration.serving.calls import MOST_BYTES, TRIES, Calls, LostError
 
 
 class Replicas:
@@ -58,6 +58,13 @@ def test_requests_of_several_images_go_alone() -> None:
     assert all(isinstance(answer, Answer) for answer in answers)
     several = {b"%d" % number for number in range(0, 30, 5)}
     assert all(len(bodies) == 1 for bodies in replicas.calls if several & set(bodies))
+
+
+def test_large_requests_do_not_pile_up_in_one_call() -> None:
+    replicas = Replicas()
+    works = [Work("image/png", bytes(MOST_BYTES // 3 if number % 2 else 2 * MOST_BYTES)) for number in range(20)]
+    assert all(isinstance(answer, Answer) for answer in asyncio.run(asked(Calls(replicas, batch=8, at_once=1), works)))
+    assert all(sum(map(len, bodies)) <= MOST_BYTES or len(bodies) == 1 for bodies in replicas.calls)
 
 
 def test_a_death_is_survived() -> None:
