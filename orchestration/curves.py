@@ -1,12 +1,15 @@
 """A run's curves: reports of steps become points, which travel in checkpoints."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from orchestration.engine import Engine
+from orchestration.flops import Flops, peak_flops, training_flops
+from orchestration.recipe import Recipe
 from orchestration.runs.checkpoints import Points
 from orchestration.worker import DivergedError, StepReport, curve_names
 
@@ -31,6 +34,15 @@ class Curves:
         self._names = curve_names(num_slots)
         self._reports: list[tuple[StepReport, int, float]] = []
         self._points: Points = []
+        self._flops: Flops | None = None
+
+    def count_flops(self, recipe: Recipe) -> None:
+        """Tells from now on how much the GPUs compute; counted in a thread, on the CPU."""
+
+        def count() -> None:
+            self._flops = Flops(training_flops(recipe), peak_flops(torch.cuda.get_device_name(self._engine.device)))
+
+        threading.Thread(target=count, name="flops", daemon=True).start()
 
     def record(self, report: StepReport) -> None:
         """A hook of the training loop."""
@@ -74,6 +86,7 @@ class Curves:
             "time/step": report.seconds,
             "time/data_wait": report.waited,
             "throughput/images_per_second": report.batch_size / report.seconds,
+            **(self._flops.rates(report.batch_size / report.seconds / self._engine.world) if self._flops else {}),
         }
 
     def _check(self, losses: list[float]) -> None:

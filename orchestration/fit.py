@@ -23,6 +23,7 @@ from orchestration.runs.checkpoints import committed
 from orchestration.runs.folder import RunFolder
 from orchestration.terminal import tell
 from orchestration.tracking.page import Page
+from orchestration.tracking.provenance import machines
 
 POLL_SECONDS = 0.5
 UNSCHEDULED_LIMIT = 30  # times that a worker group of a fixed size may find no room
@@ -46,7 +47,7 @@ def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, page: Page, p
     mailbox = open_mailbox(folder.facts.get("micro_batch"))
     training = _Training(_trainer(recipe, data, folder, lease, mailbox))
     watch = _Watch(mailbox, training, folder, page, progress, recipe.train.steps)
-    page.begins(_newest_step(folder))
+    page.begins(_newest_step(folder), machines())
     try:
         training.start()
         try:
@@ -177,6 +178,8 @@ class _Watch:
             self._page.happened(*self.news.events)
         for step, glimpse in self.news.glimpses:
             self._page.picture(step, glimpse)
+        for node, attempt, samples in self.news.samples:
+            self._page.measured(node, attempt, samples)
         if live := self.news.live:
             text = f"loss {live['loss']:.4f}  kept {live['kept']:.1f}  {live['images_per_second']:.0f} images/s"
             self._progress.update(self._bar, completed=live["step"], description=f"training  {text}")

@@ -50,6 +50,7 @@ class News:
         lines: (rank, line) of the ranks' logs.
         events: restarts, resizes and the like.
         glimpses: (step, bytes) for pictures; see orchestration.glimpse.
+        samples: (node, attempt, samples) of its metrics; see orchestration.node_metrics.
         stopped: whether the ranks have saved and stopped, as they were asked.
         failure: what stopped them for good.
         micro_batch: the largest micro batch that has not run out of memory, where one did.
@@ -59,6 +60,7 @@ class News:
     lines: list[tuple[int, str]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     glimpses: list[tuple[int, bytes]] = field(default_factory=list)
+    samples: list[tuple[str, str, list[Any]]] = field(default_factory=list)
     stopped: bool = False
     failure: Failure | None = None
     micro_batch: int | None = None
@@ -111,6 +113,9 @@ class Mailbox:
 
     def glimpse(self, step: int, content: bytes) -> None:
         self._news.glimpses.append((step, content))
+
+    def measured(self, node: str, attempt: str, samples: list[Any]) -> None:
+        self._news.samples.append((node, attempt, samples))
 
     def fail(self, failure: Failure) -> None:
         """The first one counts; those after it follow from it."""

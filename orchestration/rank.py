@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from orchestration.diagnosis import diagnose
 from orchestration.engine import DeepSpeedEngine
 from orchestration.interval import SaveInterval
 from orchestration.mailbox import Failure, Leaving, Request, Stopped
+from orchestration.node_metrics import NodeMetrics, gpu_sample, node_sample
 from orchestration.periodic_evaluation import PeriodicEvaluation
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recovery import recovery_line, recovery_parts
@@ -126,6 +128,8 @@ def _train_rank(config: Mapping[str, Any]) -> None:
 
     agreement = Agreement(board, rank, start, decide)
     curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots)
+    if driver is not None and engine.device.type == "cuda":
+        curves.count_flops(recipe)
     saver = Saver(
         folder.checkpoints, token, rank, world, allowed=lambda: check_lease(folder, config["lease"]), board=board
     )
@@ -166,7 +170,10 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     if driver is not None:
         hooks.insert(1, driver.show)
     ledger = _ledger(recipe, f"{start:09d}-{token}-rank-{rank}.txt")
-    with training_stream(recipe, data.train, noise, rank, world, device=device, ledger=ledger) as stream:
+    with (
+        training_stream(recipe, data.train, noise, rank, world, device=device, ledger=ledger) as stream,
+        _node_metrics(recipe, mailbox, address, token, context.get_local_rank(), engine.device),
+    ):
         background = recipe.evaluate.background_slots
         try:
             train(engine, stream, schedule, start=start, background_slots=background, hooks=hooks)
@@ -175,6 +182,21 @@ def _train_rank(config: Mapping[str, Any]) -> None:
             error.step = error.step or done
             error.facts = diagnose(error, model, training_order(recipe, data.train), data.train)
             raise
+
+
+def _node_metrics(
+    recipe: Recipe, mailbox: Any, node: str, attempt: str, local_rank: int, device: torch.device
+) -> AbstractContextManager[Any]:
+    """One rank of a node looks at the machine, and each at its GPU."""
+    gpu = device.type == "cuda"
+    if not recipe.tracking.system_metrics or not (gpu or local_rank == 0):
+        return nullcontext()
+
+    def look() -> dict[str, float]:
+        machine = node_sample() if local_rank == 0 else {}
+        return machine | (gpu_sample(device, local_rank) if gpu else {})
+
+    return NodeMetrics(look, lambda samples: mailbox.measured.remote(node, attempt, samples))
 
 
 class DriverLine:

@@ -95,6 +95,8 @@ class TrackingSection(Section):
         None, description="steps between pictures, a multiple of evaluate.every; null: at each evaluation"
     )
 
+    system_metrics: bool = Field(True, description="CPU, memory, network and GPU of each node, in runs below the run")
+
     @field_validator("uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:

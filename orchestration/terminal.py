@@ -34,7 +34,7 @@ def read_progress(line: str) -> tuple[int, int | None, str] | None:
 
 def tell(progress: Progress, text: str, style: str) -> None:
     """A line above the bars, as it stands: brackets in it are not Rich's markup."""
-    progress.console.print(text, style=style, highlight=False, markup=False)
+    progress.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def complain(message: str) -> None:

@@ -1,15 +1,19 @@
 """A run's page in MLflow, as its driver fills it: nothing here waits for MLflow but the end."""
 
 import time
-from collections.abc import Callable
-from typing import Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
 
 from orchestration.events import Event, EventLog, Kind
+from orchestration.node_metrics import Sample
 from orchestration.recipe import Recipe
 from orchestration.runs.folder import RunFolder
+from orchestration.tracking.estimate import Estimate
 from orchestration.tracking.gallery import Gallery
 from orchestration.tracking.happenings import Happenings
-from orchestration.tracking.sender import CLOSE_SECONDS, Sender
+from orchestration.tracking.nodes import Nodes
+from orchestration.tracking.provenance import Provenance, code
+from orchestration.tracking.sender import CLOSE_SECONDS, Cargo, Sender
 from orchestration.tracking.tracker import Tracker
 
 End = Literal["FINISHED", "FAILED", "KILLED"]
@@ -25,7 +29,10 @@ class Page:
     def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str, str], None]) -> None:
         self._say = say
         self._log, self._gallery = EventLog(folder.storage), Gallery(folder.path / "pictures")
-        self._sender = Sender(lambda: Tracker(recipe, folder), [Happenings(self._log), self._gallery], say)
+        self._nodes, self._code = Nodes(), code()
+        self._provenance = Provenance(recipe, folder.facts["data"], self._code)
+        cargoes: list[Cargo] = [Happenings(self._log), self._provenance, self._gallery, self._nodes, Estimate(recipe)]
+        self._sender = Sender(lambda: Tracker(recipe, folder), cargoes, say)
         self._step, self._closed = 0, False
 
     def __enter__(self) -> Self:
@@ -42,10 +49,11 @@ class Page:
         assert self._sender.tracker is not None
         return self._sender.tracker
 
-    def begins(self, step: int) -> None:
-        """The run begins, or goes on, after so many steps."""
+    def begins(self, step: int, machines: Sequence[Mapping[str, Any]]) -> None:
+        """The run begins, or goes on, after so many steps, on these machines."""
+        self._provenance.runs_on(machines)
         self._sender.status("RUNNING")
-        self.happened(Event(time.time(), "start", f"from step {step}", step))
+        self.happened(Event(time.time(), "start", f"from step {step} on {len(machines)} nodes, {self._code}", step))
 
     def happened(self, *events: Event) -> None:
         """Notes events, and shows them."""
@@ -64,6 +72,10 @@ class Page:
             self._gallery.add(step, glimpse)
         except OSError as error:
             self._say(f"there will be no pictures of step {step}: {error}", "yellow")
+
+    def measured(self, node: str, attempt: str, samples: list[Sample]) -> None:
+        """What a node was found doing."""
+        self._nodes.add(node, attempt, samples)
 
     def close(self, end: End, seconds: float = CLOSE_SECONDS) -> bool:
         """Sends the rest; whether all of it has arrived. See Sender."""

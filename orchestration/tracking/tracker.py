@@ -90,6 +90,10 @@ class Tracker:
             for name, _, _, step in batch:
                 self._there[name].add(step)
 
+    def sent(self, name: str) -> int:
+        """Points of a curve that are known to be there."""
+        return len(self._there.get(name, ()))
+
     def _steps(self, name: str) -> set[int]:
         if name not in self._there:
             self._there[name] = {metric.step for metric in self.client.get_metric_history(self.run_id, name)}
@@ -121,6 +125,12 @@ class Tracker:
     def status(self, status: str) -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
         self.client.update_run(self.run_id, status=status)
+
+    def child(self, name: str, **tags: str) -> str:
+        """A run below this one; the same for the same name."""
+        parent = self.client.get_run(self.run_id)
+        ours = {"mlflow.parentRunId": self.run_id, **{f"slotforge.{key}": value for key, value in tags.items()}}
+        return self.find_or_create(f"{self.run_id} {name}", parent.info.experiment_id, f"{self.run_name} {name}", ours)
 
     def find_or_create(self, key: str, experiment: str, name: str, tags: Mapping[str, str]) -> str:
         """The run with this key, so that a try that was cut off does not leave a second one."""
