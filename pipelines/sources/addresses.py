@@ -3,7 +3,7 @@
 data/train                              a folder
 https://host/data/train                 read by ranges; credentials come from ~/.netrc
 s3://bucket/data/train                  by Arrow; AWS_* variables, AWS_ENDPOINT_URL for other servers
-gs://bucket/data/train                  by Arrow; application default credentials
+gs://bucket/data/train                  by HTTP; application default credentials, or a public bucket
 pipe:ssh host cat /data/train/{name}    a shell command, {name} becomes a file's name
 """
 

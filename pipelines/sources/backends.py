@@ -1,4 +1,4 @@
-"""Where files lie: on this machine, in an object store, behind a command. HTTP has a file of its own."""
+"""Where files lie: on this machine, in an object store, behind a command. HTTP and Google have files of their own."""
 
 import contextlib
 import os
@@ -53,11 +53,11 @@ class Local:
         return Version(status.st_size, str(status.st_mtime_ns)), _pieces(file.read, last and last - first, file.close)
 
 
-class Arrow:
-    """S3 and Google Cloud Storage, by pyarrow's clients; their own retries are off where they can be."""
+class S3:
+    """S3, by pyarrow's client; its own retries are off."""
 
-    def __init__(self, scheme: str, timeout: float) -> None:
-        self._made = lru_cache(maxsize=16)(lambda bucket: object_store(scheme, bucket, timeout=timeout))
+    def __init__(self, timeout: float) -> None:
+        self._made = lru_cache(maxsize=16)(lambda bucket: object_store("s3", bucket, timeout=timeout))
 
     def open(self, url: str, first: int, last: int | None, known: Version | None) -> tuple[Version, Iterator[bytes]]:
         bucket, _, key = url.partition("://")[2].partition("/")

@@ -4,7 +4,7 @@ import netrc
 import os
 import re
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -28,12 +28,16 @@ class Http:
             "retries": urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
         }
 
-    def open(self, url: str, first: int, last: int | None, known: Version | None) -> tuple[Version, Iterator[bytes]]:
-        user = urlsplit(url).netloc.rpartition("@")[0]
-        headers = {"Accept-Encoding": "identity"}
-        headers |= (
-            urllib3.make_headers(basic_auth=unquote(user)) if user else _credentials(urlsplit(url).hostname or "")
-        )
+    def open(
+        self,
+        url: str,
+        first: int,
+        last: int | None,
+        known: Version | None,
+        signed: Mapping[str, str] | None = None,
+    ) -> tuple[Version, Iterator[bytes]]:
+        """As of a `Backend`; `signed` are headers in place of what the address and ~/.netrc know."""
+        headers = {"Accept-Encoding": "identity", **(_credentials(url) if signed is None else signed)}
         if ranged := first > 0 or last is not None:
             headers["Range"] = f"bytes={first}-{'' if last is None else last - 1}"
             # A changed file then comes whole and with its new tag, which the caller compares.
@@ -106,8 +110,13 @@ class Http:
         return lru_cache(maxsize=4)(lambda proxy: urllib3.ProxyManager(proxy, **self._options))
 
 
+def _credentials(url: str) -> dict[str, str]:
+    user = urlsplit(url).netloc.rpartition("@")[0]
+    return urllib3.make_headers(basic_auth=unquote(user)) if user else _of_netrc(urlsplit(url).hostname or "")
+
+
 @lru_cache(maxsize=64)
-def _credentials(host: str) -> dict[str, str]:
+def _of_netrc(host: str) -> dict[str, str]:
     try:
         found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
     except (OSError, netrc.NetrcParseError):

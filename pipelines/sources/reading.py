@@ -18,7 +18,8 @@ import urllib3
 
 from pipelines.errors import DataError, TransientError
 from pipelines.sources.addresses import scheme_of, shown, without_secrets
-from pipelines.sources.backends import AbsentError, Arrow, Backend, ChangedError, Local, Pipe, Version
+from pipelines.sources.backends import S3, AbsentError, Backend, ChangedError, Local, Pipe, Version
+from pipelines.sources.google import Google
 from pipelines.sources.http import Http
 
 logger = logging.getLogger(__name__)
@@ -211,8 +212,10 @@ class Sources:
                 return Local()
             case "http" | "https":
                 return Http(self._timeout, self._connections)
-            case "s3" | "gs":
-                return Arrow(scheme, self._timeout)
+            case "s3":
+                return S3(self._timeout)
+            case "gs":
+                return Google(Http(self._timeout, self._connections))
             case "pipe" if self._allow_pipe:
                 return Pipe(self._timeout)
             case "pipe":

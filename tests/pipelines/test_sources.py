@@ -198,9 +198,9 @@ def test_credentials_come_from_netrc(server: FaultyServer, tmp_path: Path, monke
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     from pipelines.sources import http
 
-    http._credentials.cache_clear()
+    http._of_netrc.cache_clear()
     quick().read(join(server.url, "a.tar"))
-    http._credentials.cache_clear()
+    http._of_netrc.cache_clear()
     assert server.headers[-1]["authorization"] == "Basic YW5uYTp3b3Jk"
 
 
@@ -287,3 +287,67 @@ def test_s3_that_does_not_answer_ends_in_an_error(s3: str, monkeypatch: pytest.M
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(TransientError, match=r"s3://data/deep/a\.tar: could not be read in 2 tries"):
         quick(tries=2, timeout=1).read(join(s3, "a.tar"))
+
+
+# --- Google Cloud Storage ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def google(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> FaultyServer:
+    """The server as an emulator."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url.removesuffix("/set"))
+    return server
+
+
+def test_a_bucket_of_google_is_read_by_ranges(google: FaultyServer) -> None:
+    google.fault = lambda name, number: ["503", "drop", ""][min(number, 2)]
+    sources = quick()
+    version, content = fetched(sources, "gs://bucket/some set/a.tar")
+    assert content == CONTENT and version.size == len(CONTENT) and version.tag and version.ranges
+    google.fault = lambda name, number: ""
+    assert sources.read_range("gs://bucket/some set/a.tar", 77, 5000, version) == CONTENT[77:5000]
+    google.files["a.tar"] = CONTENT[::-1]
+    with pytest.raises(ChangedError):
+        sources.read_range("gs://bucket/some set/a.tar", 77, 5000, version)
+    with pytest.raises(AbsentError, match="not there"):
+        sources.read("gs://bucket/b.tar")
+    google.fault = lambda name, number: "403"
+    with pytest.raises(DataError, match="HTTP 403; check the address and the right to read it"):
+        sources.read("gs://bucket/a.tar")
+
+
+def test_what_google_is_asked_is_signed(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By application default credentials, which are refreshed once; a public bucket needs none."""
+    import google.auth
+    from google.oauth2.credentials import Credentials
+
+    from pipelines.sources import reading
+
+    class Refreshing(Credentials):
+        refreshed = 0
+
+        def refresh(self, request: object) -> None:
+            self.refreshed += 1
+            self.token = "secret"
+
+    asked: list[tuple[str, str | None]] = []
+
+    class Recording(reading.Http):
+        def open(self, url, first, last, known, signed=None):  # type: ignore[no-untyped-def]
+            asked.append((url, (signed or {}).get("authorization")))
+            return super().open(join(server.url, "a.tar"), first, last, known, {})
+
+    credentials = Refreshing(None)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setattr(reading, "Http", Recording)
+    monkeypatch.setattr(google.auth, "default", lambda scopes: (credentials, "project"))
+    assert fetched(quick(), "gs://bucket/some set/a.tar")[1] == CONTENT
+    assert set(asked) == {("https://storage.googleapis.com/bucket/some%20set/a.tar", "Bearer secret")}
+    assert credentials.refreshed == 1
+
+    def nobody(scopes: object) -> None:
+        raise google.auth.exceptions.DefaultCredentialsError("none")
+
+    monkeypatch.setattr(google.auth, "default", nobody)
+    asked.clear()
+    assert quick().read("gs://bucket/a.tar") == CONTENT and asked[0][1] is None
