@@ -57,8 +57,8 @@ def test_pixels_of_a_layout_do_not_overlap(rows: int, size: tuple[int, int], wit
     assert sum(block) == 255 * (images.nbytes + masks.nbytes)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-def test_steps_come_in_order_however_they_are_cut(chunk: int) -> None:
+@pytest.mark.parametrize(("workers", "chunk"), [(2, 1), (1, 64)])
+def test_steps_come_in_order_however_they_are_cut(workers: int, chunk: int) -> None:
     """Bad samples and rows left out too, some steps ahead."""
     decoding = Decoding((4, 6), with_masks=True)
     ids = np.arange(24, dtype=np.uint16).reshape(4, 6)
@@ -66,7 +66,7 @@ def test_steps_come_in_order_however_they_are_cut(chunk: int) -> None:
     steps = [[*good[:2], None, {}, *good[2:4]], good[4:], [None], [{"image.png": b"?"}]]
     for members in good:
         del members["__key__"]
-    decoders = InThread(decoding, 6), Processes(2, decoding, 6, chunk=chunk)
+    decoders = InThread(decoding, 6), Processes(workers, decoding, 6, chunk=chunk)
     try:
         for decoder in decoders:
             for step, samples in enumerate(steps):

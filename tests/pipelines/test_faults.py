@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_server import FaultyServer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipelines.cache import Cache
@@ -42,7 +42,7 @@ def server(folder: Path) -> Iterator[FaultyServer]:
 
 
 def quick(**changes) -> Sources:  # type: ignore[no-untyped-def]
-    return Sources(**({"tries": 4, "timeout": 0.5, "first_delay": 0.0, "part": 4096, "connections": 2} | changes))
+    return Sources(**({"tries": 4, "timeout": 0.5, "first_delay": 0.0, "part": 16384, "connections": 2} | changes))
 
 
 def plan_of(index: Index, **changes) -> Plan:  # type: ignore[no-untyped-def]
@@ -98,8 +98,9 @@ def test_a_set_behind_http_gives_what_its_folder_gives(
 @given(
     faults=st.lists(st.sampled_from(["500", "503", "reset", "drop", "wrong-range", "whole", "lie", ""]), max_size=3),
     cached=st.booleans(),
-    workers=st.sampled_from([0, 0, 0, 1]),
+    workers=st.just(0),
 )
+@example(faults=["drop", "lie", "500"], cached=False, workers=1)
 def test_faults_that_pass_change_no_batch(
     folder: Path,
     server: FaultyServer,
@@ -237,8 +238,10 @@ def test_a_bad_shard_is_filled_alike_for_every_world(
             stream.step(step)
 
 
-@pytest.mark.parametrize("damage", [truncated, damaged, gone])
-@pytest.mark.parametrize("where", ["folder", "http", "cache"])
+@pytest.mark.parametrize(
+    ("where", "damage"),
+    [("folder", damaged), ("folder", gone), ("http", truncated), ("http", gone), ("cache", damaged)],
+)
 def test_a_shard_that_was_good_and_changes_stops_whoever_knew_it(
     folder: Path, server: FaultyServer, tmp_path: Path, damage: Callable[[FaultyServer], None], where: str
 ) -> None:
@@ -272,8 +275,7 @@ def test_a_shard_that_was_good_and_changes_stops_whoever_knew_it(
             behind.step(step)
         assert behind.bad and set(behind.bad) <= {20, 21, 22}
     again = samples(batches(plan, place, first, 1, **settings))
-    for world in (2, 5):
-        assert samples(batches(plan, place, first, world, **settings)) == again
+    assert samples(batches(plan, place, first, 3, **settings)) == again
     assert all(again[step][place] == sample for step, _, place, sample, _ in lines)
 
 
@@ -368,7 +370,8 @@ def test_the_number_of_decode_workers_does_not_enter_the_batches(
     steps = range(2 * plan.steps_per_epoch)
     alone = batches(plan, tmp_path, steps, with_masks=True)
     assert_equal(batches(plan, tmp_path, steps, with_masks=True, decode_workers=workers), alone)
-    assert_equal(batches(plan, tmp_path, range(3, 4), decode_workers=workers), batches(plan, tmp_path, range(3, 4)))
+    if workers == 1:  # after a seek too
+        assert_equal(batches(plan, tmp_path, range(3, 4), decode_workers=1), batches(plan, tmp_path, range(3, 4)))
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])

@@ -139,6 +139,20 @@ def test_seeking_and_copies_give_what_reading_through_gives(plan: Plan, data: st
     assert np.array_equal(pickle.loads(pickle.dumps(plan)).batch(step), through[step])
 
 
+@given(counts=COUNTS, lanes=st.integers(1, 4), parts=st.integers(1, 5), data=st.data())
+def test_distinct_epochs_and_seeds_have_distinct_orders(
+    counts: list[int], lanes: int, parts: int, data: st.DataObject
+) -> None:
+    """Of 40 samples at least: two of their orders are alike with a probability below 1e-13."""
+    index = index_from_counts([*counts, 40])
+    options = {"batch_size": 12, "lanes": lanes, "window": 1, "parts": parts}
+    seed, other = data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=2, unique=True))
+    first, second = data.draw(st.lists(st.integers(0, 10**6), min_size=2, max_size=2, unique=True))
+    order = np.concatenate(epoch_of(Plan(index, seed=seed, **options), first))
+    assert not np.array_equal(order, np.concatenate(epoch_of(Plan(index, seed=seed, **options), second)))
+    assert not np.array_equal(order, np.concatenate(epoch_of(Plan(index, seed=other, **options), first)))
+
+
 @pytest.mark.parametrize("counts", [[40] * 10, [400], [1] * 400])
 def test_epochs_and_seeds_differ(counts: list[int]) -> None:
     orders = [

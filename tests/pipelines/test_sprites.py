@@ -105,8 +105,14 @@ def test_counts_are_uniform_in_the_published_range(coloring: Any, counts: tuple[
     assert (scenes.masks.reshape(1500, -1).max(axis=1) == scenes.num_objects).all()
 
 
-def test_factors_are_uniform_and_independent() -> None:
-    factors = MultiDSprites(sprites=(1, 1)).render_range(6, 0, 6000).factors
+@pytest.fixture(scope="module")
+def single() -> Scenes:
+    """Scenes of one sprite each."""
+    return MultiDSprites(sprites=(1, 1)).render_range(6, 0, 6000)
+
+
+def test_factors_are_uniform_and_independent(single: Scenes) -> None:
+    factors = single.factors
     shape, scale, turn, x, y = (
         np.unique(factors[name][:, 0], return_inverse=True) for name in ("shape", "scale", "orientation", "x", "y")
     )
@@ -138,39 +144,36 @@ def test_colours_are_uniform_in_their_space() -> None:
         assert stats.kstest(uniform, "uniform").pvalue > 1e-3
 
 
-def test_areas_are_those_of_the_curves() -> None:
+def test_areas_are_those_of_the_curves(single: Scenes) -> None:
     area = {
         "oval": math.pi * math.prod(OVAL_AXES),
         "square": SQUARE_SIDE**2,
         "heart": HEART_SIDE**2 * (1 + math.pi / 4),
     }
-    scenes = MultiDSprites(sprites=(1, 1)).render_range(8, 0, 2000)
-    pixels = (scenes.masks == 1).sum(axis=(1, 2))
+    pixels = (single.masks == 1).sum(axis=(1, 2))
     for index, name in enumerate(SHAPES):
-        of_shape = scenes.factors["shape"][:, 0] == index
-        ratio = pixels[of_shape] / (scenes.factors["scale"][of_shape, 0] ** 2 * area[name])
+        of_shape = single.factors["shape"][:, 0] == index
+        ratio = pixels[of_shape] / (single.factors["scale"][of_shape, 0] ** 2 * area[name])
         assert ratio.mean() == pytest.approx(1, abs=0.01) and ratio.std() < 0.08
 
 
-def test_a_sprite_lies_around_its_centre_of_mass_and_within_the_picture() -> None:
-    scenes = MultiDSprites(sprites=(1, 1)).render_range(9, 0, 500)
-    assert not scenes.masks[:, [0, -1]].any() and not scenes.masks[:, :, [0, -1]].any()
+def test_a_sprite_lies_around_its_centre_of_mass_and_within_the_picture(single: Scenes) -> None:
+    assert not single.masks[:, [0, -1]].any() and not single.masks[:, :, [0, -1]].any()
     for row in range(500):
-        line, column = np.nonzero(scenes.masks[row])
-        assert (column.mean() + 0.5) == pytest.approx(64 * scenes.factors["x"][row, 0], abs=0.35)
-        assert (line.mean() + 0.5) == pytest.approx(64 * scenes.factors["y"][row, 0], abs=0.35)
+        line, column = np.nonzero(single.masks[row])
+        assert (column.mean() + 0.5) == pytest.approx(64 * single.factors["x"][row, 0], abs=0.35)
+        assert (line.mean() + 0.5) == pytest.approx(64 * single.factors["y"][row, 0], abs=0.35)
 
 
-def test_no_two_scales_or_turns_of_a_sprite_look_the_same() -> None:
-    scenes = MultiDSprites(sprites=(1, 1)).render_range(10, 0, 5000)
+def test_no_two_scales_or_turns_of_a_sprite_look_the_same(single: Scenes) -> None:
     symmetry = {"oval": 2, "square": 4, "heart": 1}
     for index, name in enumerate(SHAPES):
         looks: dict[tuple[int, int], set[bytes]] = {}
-        for row in np.flatnonzero(scenes.factors["shape"][:, 0] == index):
-            line, column = (round(64 * float(scenes.factors[name][row, 0]) - 0.5) for name in ("y", "x"))
-            centred = np.roll(scenes.masks[row], (32 - line, 32 - column), axis=(0, 1))
-            turn = round(float(scenes.factors["orientation"][row, 0]) / (2 * math.pi / 40))
-            key = round(10 * float(scenes.factors["scale"][row, 0])), turn % (40 // symmetry[name])
+        for row in np.flatnonzero(single.factors["shape"][:, 0] == index):
+            line, column = (round(64 * float(single.factors[name][row, 0]) - 0.5) for name in ("y", "x"))
+            centred = np.roll(single.masks[row], (32 - line, 32 - column), axis=(0, 1))
+            turn = round(float(single.factors["orientation"][row, 0]) / (2 * math.pi / 40))
+            key = round(10 * float(single.factors["scale"][row, 0])), turn % (40 // symmetry[name])
             looks.setdefault(key, set()).add(centred.tobytes())
         assert len(looks) == 240 // symmetry[name]
         assert all(len(look) == 1 for look in looks.values())

@@ -15,6 +15,7 @@ from pipelines.errors import DataError, TransientError
 from pipelines.index import Index, index_from_counts
 from pipelines.noise import Purpose, gumbel, normal
 from pipelines.plan import Plan
+from pipelines.samples import encode
 from pipelines.shards import read_index
 from pipelines.sources import Sources
 from pipelines.stream import MicroBatch, Stream
@@ -175,6 +176,7 @@ def expected_with_bad(plan: Plan, step: int, bad: set[int]) -> list[int]:
     [
         {"image.png": b"not a picture"},
         {"image.png": None},
+        {"image.png": encode("other", np.zeros((6, 8, 3), dtype=np.uint8))["image.png"]},  # not of the set's size
         {"image.png": None, "masks.png": None, "json": None, "other.txt": b"no member that is read"},
         {"masks.png": None},
         {"json": b"{"},
