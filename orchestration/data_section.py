@@ -158,7 +158,7 @@ class DataSection(Section):
     window: PositiveInt = Field(1, description="shards' worth of samples that are shuffled together in a lane")
     augment: AugmentSection | None = Field(None, description="flips and crops of training samples; null: none")
     bad_samples: int | None = Field(None, ge=0, description="corrupt samples that stop a run; null: 1 % of the set")
-    ledger: str | None = Field(None, description="folder for a line `step rank place sample` per sample handed out")
+    ledger: str | None = Field(None, description="folder for a line `step rank place sample replaced` a sample")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
