@@ -29,6 +29,7 @@ class SlotOutput(NamedTuple):
     keep_probability: float [B, K].
     masks: float [B, K, H, W], each slot's share of each pixel, or of each patch of a backbone; dropped slots have none.
     pictures: float [B, K, C, H, W], what each slot paints; None with a decoder whose slots paint nothing of their own.
+        In evaluation a dropped slot's means nothing: it is not decoded.
     reconstruction: float [B, C, H, W].
     target: float [B, C, H, W], what the reconstruction is of: the images, or a backbone's features.
     auxiliary: float [B], to be added to a reconstruction error that is a mean per value: what the error tells the gate,
@@ -142,7 +143,7 @@ class SlotAutoencoder(nn.Module):
         if by_difference and keep.requires_grad:
             assert isinstance(self.decoder, MixtureDecoder)
             assert decoded.pictures is not None and decoded.mask_logits is not None  # a mixture has them
-            eps = self.decoder.mixture_eps
+            eps = self.decoder.eps
             differences = keep_differences(target, decoded.pictures, decoded.mask_logits, keep, eps)
             added = added + (differences * (keep - keep.detach())).sum(dim=1)
         given = {"images": images, "slot_noise": slot_noise, "gate_noise": gate_noise, "input_noise": input_noise}

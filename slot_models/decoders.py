@@ -24,9 +24,8 @@ class Decoded(NamedTuple):
     reconstruction: float [B, C, H, W], of an image, or of features on a grid of patches.
     masks: float [B, K, H, W], each slot's share of each position; dropped slots have none.
     pictures: float [B, K, C, H, W], what each slot draws; None where slots draw nothing of their own. In evaluation a
-        dropped slot's is zero.
-    mask_logits: float [B, K, H, W], before the softmax over slots; None likewise. In evaluation a dropped slot's mean
-        nothing.
+        dropped slot's means nothing.
+    mask_logits: float [B, K, H, W], before the softmax over slots; None likewise, and likewise for a dropped slot.
     """
 
     reconstruction: Tensor
@@ -91,6 +90,11 @@ class MixtureDecoder(Decoder):
             raise ValueError(f"mixture_eps: {mixture_eps} is negative")
         self.mixture_eps = mixture_eps
 
+    @property
+    def eps(self) -> float:
+        """The mixture's epsilon in this mode."""
+        return self.mixture_eps if self.training else 0.0
+
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> pictures [B, K, C, H, W], mask logits [B, K, H, W]."""
         raise NotImplementedError
@@ -103,7 +107,7 @@ class MixtureDecoder(Decoder):
         else:
             pictures, mask_logits = self._decode_kept(slots, keep.detach() > 0)
         pictures, mask_logits = at_least_float(pictures), at_least_float(mask_logits)
-        masks = masked_mixture(mask_logits, keep, self.mixture_eps if self.training else 0.0)  # [B, K, H, W]
+        masks = masked_mixture(mask_logits, keep, self.eps)  # [B, K, H, W]
         reconstruction = (masks[:, :, None] * pictures).sum(dim=1)  # [B, C, H, W]; no einsum: autocast would round it
         return Decoded(reconstruction, masks, pictures, mask_logits)
 
@@ -120,10 +124,8 @@ class MixtureDecoder(Decoder):
 
         A traced graph, which knows no values, decodes all; so does a backward pass, for the slope of keeping a slot.
         """
-        traced = torch.compiler.is_compiling()
-        if traced or torch.is_grad_enabled() or bool(kept.all()) or not bool(kept.any()):
-            pictures, mask_logits = self.decode(slots)
-            return pictures * kept[:, :, None, None, None], mask_logits
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(kept.all()) or not bool(kept.any()):
+            return self.decode(slots)
         parts = self.decode(slots[kept][None])  # [1, kept slots, ...]
         pictures, mask_logits = (part.new_zeros(*kept.shape, *part.shape[2:]) for part in parts)
         pictures[kept], mask_logits[kept] = (part.squeeze(0) for part in parts)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from convolution_oracles import same_convolution, same_transposed
-from slot_oracles import randomise
+from slot_oracles import distance, gradient_distance, gradients, randomise
 from torch import Tensor
+from torch.nn import functional
 
+from slot_models.positions import coordinates
 from slot_models.same_padding import TurnedConvTranspose2d
 from slot_models.upsampling_decoder import UpsamplingBroadcastDecoder
 
@@ -62,6 +64,38 @@ def test_the_decoder_is_broadcast_position_and_transposed_convolutions(
                 hidden = hidden if layer == len(strides) else hidden.clip(min=0)
             np.testing.assert_allclose(pictures[image, slot], hidden[:3], atol=1e-9)
             np.testing.assert_allclose(logits[image, slot], hidden[3], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "kernel"),
+    [((16, 16), (2, 2, 1), 5), ((8, 4), (1, 2), 5), ((6, 9), (3, 1), 3), ((12, 8), (4,), 7), ((4, 6), (2, 1), 3)],
+)
+def test_without_the_grid_values_and_gradients_are_those_of_upsampling_every_slot(
+    size: tuple[int, int], strides: tuple[int, ...], kernel: int
+) -> None:
+    torch.manual_seed(0)
+    decoder = UpsamplingBroadcastDecoder(5, size, 4, strides, kernel).double()
+    randomise(decoder)
+    weights, slots = dict(decoder.named_parameters()), normal(2, 3, 5).requires_grad_()
+
+    code = coordinates(*decoder.grid).double() @ weights["position.weight"].T + weights["position.bias"]
+    hidden = slots.flatten(0, 1)[:, :, None, None] + code.permute(2, 0, 1)
+    for layer, stride in enumerate((*strides, 1)):
+        weight, bias = weights[f"layers.{2 * layer}.weight"], weights[f"layers.{2 * layer}.bias"]
+        before = max(weight.shape[-1] - stride, 0) // 2  # of what is too much, the odd row and column are the last
+        height, width = (stride * side for side in hidden.shape[-2:])
+        hidden = functional.conv_transpose2d(hidden, weight, bias, stride, padding=before)[..., :height, :width]
+        hidden = hidden if layer == len(strides) else hidden.relu()
+    expected = hidden[:, :3].unflatten(0, (2, 3)), hidden[:, 3].unflatten(0, (2, 3))
+
+    leaves, found = weights | {"slots": slots}, decoder.decode(slots)
+    assert all(distance(mine, theirs) <= 1e-12 for mine, theirs in zip(found, expected, strict=True))
+    mine, theirs = (
+        gradients(sum((part * normal(*part.shape, seed=4)).sum() for part in parts), leaves)
+        for parts in (found, expected)
+    )
+    assert mine.keys() == leaves.keys()
+    assert gradient_distance(mine, theirs) <= 1e-12
 
 
 def test_the_published_clevr_decoder() -> None:
