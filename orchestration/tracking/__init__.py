@@ -3,9 +3,10 @@
 import logging
 import os
 
-# Set before MLflow is imported: it would phone home, and its own progress bars would break ours.
+# Set before MLflow is imported: it would phone home, and its own lines and progress bars would break ours.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 from orchestration.tracking.address import store_uri, tracking_uri
 from orchestration.tracking.tracker import Tracker, is_absent
