@@ -18,5 +18,5 @@ affine part and the biases go into the matrices (`weights.fold`), its own deriva
     plain       the definition: compile, export, higher derivatives, and whatever does not fit the rest
     derivative  the iterations as one function, with a derivative written by hand; weights' gradients in the end
     halves      an iteration before and after its pass; rows: its layers
-    passes      the passes over the inputs: blocks in plain torch, kernels in Triton
+    passes      the passes over the inputs: blocks in plain torch, kernels in Triton (operators, for a compiler)
 """

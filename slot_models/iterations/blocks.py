@@ -50,7 +50,7 @@ def pool(inputs: Tensor, rstd: Tensor, rows: Tensor, mask: Tensor | None, groups
 
 
 def pool_backward(
-    inputs: Tensor, rstd: Tensor, rows: Tensor, d_sums: Tensor, mask: Tensor | None, groups: int, added: float
+    inputs: Tensor, rstd: Tensor, rows: Tensor, d_sums: Tensor, mask: Tensor | None, groups: int
 ) -> Tensor:
     width, half = inputs.shape[2], rows.shape[1]
     d_rows = torch.zeros_like(rows)

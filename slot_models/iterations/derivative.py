@@ -1,6 +1,7 @@
 """All iterations of slot attention as one function, with a derivative written by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,11 +45,14 @@ def refine(
         input_mask: bool [B, N].
         slot_mask: bool [B, K].
     """
+    device = inputs.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    rules = replace(rules, half=half)
     with full_precision(slots):
         if torch.is_grad_enabled():
             result: Tensor = _Refine.apply(inputs, slots, input_mask, slot_mask, rules, *weights)  # type: ignore[no-untyped-call]
             return result
-        reading = passes.read(inputs, rules.norm_eps, input_mask)
+        reading = passes.read(inputs, rules, input_mask)
         return _forward(reading, slots, slot_mask, weights, fold(weights, rules), rules)[0]
 
 
@@ -64,7 +68,7 @@ class _Refine(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> Tensor:
         weights = Weights(*parameters)  # type: ignore[arg-type]
-        reading, folded = passes.read(inputs, rules.norm_eps, input_mask), fold(weights, rules)
+        reading, folded = passes.read(inputs, rules, input_mask), fold(weights, rules)
         result, kept = _forward(reading, slots, slot_mask, weights, folded, rules)
         iterations = (tensor for asked, taken in kept for tensor in (*asked, *taken))
         ctx.save_for_backward(*reading, slots, slot_mask, *weights, *folded, *iterations)
@@ -99,7 +103,7 @@ def _forward(
     slots = slots.flatten(0, 1)  # [R, D]
     for _ in range(rules.iterations):
         asked = ask(slots, shape[0], masked, weights, folded, rules)
-        sums = passes.pool(reading, asked.rows, rules.groups, rules.added)
+        sums = passes.pool(reading, asked.rows, rules)
         slots, taken = take(sums, count, slots, weights, folded, rules)
         kept.append((asked, taken))
     return slots.view(shape), kept
@@ -125,11 +129,9 @@ def _backward(
         d_sums.insert(0, d_taken.sums)
         if to_inputs and len(d_sums) == len(kept):  # the first iteration, come to last: now all are known
             rows = torch.stack([each.rows for each, _ in kept], dim=1)  # [B, T, H K, C + 1]
-            d_inputs, d_rows = passes.pool_backward_all(
-                reading, rows, torch.stack(d_sums, dim=1), rules.groups, rules.added
-            )
+            d_inputs, d_rows = passes.pool_backward_all(reading, rows, torch.stack(d_sums, dim=1), rules)
         else:
-            d_rows = passes.pool_backward(reading, asked.rows, d_taken.sums, rules.groups, rules.added)
+            d_rows = passes.pool_backward(reading, asked.rows, d_taken.sums, rules)
         d_slots, d_asked = ask_backward(d_rows, d_slots, asked, masked, weights, folded, rules)
         found.insert(0, (d_asked, d_taken))
     return d_inputs, d_slots.view_as(d_result), found

@@ -1,10 +1,11 @@
-"""The passes over the inputs, each by whichever implementation fits.
+"""The passes over the inputs, each by whichever implementation fits: blocks in plain torch, or kernels in Triton.
 
 What the slots ask and get are rows [B, R, C + 1], R = H x K: to them the normed inputs [B, N, C] have one more channel,
 always 1, so the last number of a query is added to its logits, and that of a weighted sum is the sum of the weights.
 The first C numbers of a query are centred over the channels, and those of a sum are known but for a multiple of ones.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -26,39 +27,72 @@ class Reading(NamedTuple):
 
 def fit(inputs: Tensor, slots: Tensor, rules: Rules, weights: Weights) -> bool:
     """Whether passes over the inputs themselves are the way, and there is one for these."""
-    return (
-        rules.absorb
-        and inputs.device.type == "cpu"
-        and weights.to_key.dtype == slots.dtype == at_least_float(inputs).dtype
-        and min(inputs.numel(), slots.numel()) > 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    if not rules.absorb or min(inputs.numel(), slots.numel()) == 0 or torch.compiler.is_exporting():
+        return False
+    if not weights.to_key.dtype == slots.dtype == at_least_float(inputs).dtype:
+        return False
+    if in_triton(inputs):
+        from slot_models.iterations import kernels
+
+        return kernels.supports(inputs, rules.heads * slots.shape[1] // rules.groups)
+    return inputs.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
 
 
-def read(inputs: Tensor, norm_eps: float, mask: Tensor | None) -> Reading:
+def in_triton(inputs: Tensor) -> bool:
+    """Whether Triton is the implementation for inputs on this device."""
+    return inputs.is_cuda
+
+
+def read(inputs: Tensor, rules: Rules, mask: Tensor | None) -> Reading:
     inputs = inputs.contiguous()
-    return Reading(inputs, *blocks.statistics(inputs, norm_eps, mask), mask)
+    implementation = _triton() if in_triton(inputs) else blocks
+    mean, rstd = implementation.statistics(inputs, rules.norm_eps, mask)
+    return Reading(inputs, mean, rstd, mask)
 
 
-def pool(reading: Reading, rows: Tensor, groups: int, added: float) -> Tensor:
+def pool(reading: Reading, rows: Tensor, rules: Rules) -> Tensor:
     """Slots compete and pool what they win: sums [B, R, C + 1] of the normed inputs.
 
-    The weights are the softmax of the logits over the R / groups rows of a group, plus `added`; 0 for a masked input.
+    The weights are the softmax of the logits over the rows of a group, plus what the rules add; 0 for a masked input.
     """
-    return blocks.pool(reading.inputs, reading.rstd, rows, reading.mask, groups, added)
+    if in_triton(reading.inputs):
+        sums: Tensor = _triton().pool(*reading[:3], rows.contiguous(), rules.groups, rules.added, rules.half)
+        return sums
+    return blocks.pool(reading.inputs, reading.rstd, rows, reading.mask, rules.groups, rules.added)
 
 
-def pool_backward(reading: Reading, rows: Tensor, d_sums: Tensor, groups: int, added: float) -> Tensor:
+def pool_backward(reading: Reading, rows: Tensor, d_sums: Tensor, rules: Rules) -> Tensor:
     """The gradient of the rows, from that of the sums; its first C numbers are known but for a multiple of ones."""
-    return blocks.pool_backward(reading.inputs, reading.rstd, rows, d_sums, reading.mask, groups, added)
+    if in_triton(reading.inputs):
+        rows, d_sums = rows.contiguous(), d_sums.contiguous()
+        d_rows: Tensor = _triton().pool_backward(*reading[:3], rows, d_sums, rules.groups, rules.half)
+        return d_rows
+    return blocks.pool_backward(reading.inputs, reading.rstd, rows, d_sums, reading.mask, rules.groups)
 
 
-def pool_backward_all(
-    reading: Reading, rows: Tensor, d_sums: Tensor, groups: int, added: float
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the inputs before their LayerNorm through T passes, [B, T, R, C + 1] each, and that of the rows
-    of the first pass."""
+def pool_backward_all(reading: Reading, rows: Tensor, d_sums: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    """The gradient of the inputs before their LayerNorm through T passes, of which rows and d_sums are
+    [B, T, R, C + 1], and that of the rows of the first pass."""
+    if in_triton(reading.inputs):
+        d_rows = pool_backward(reading, rows[:, 0], d_sums[:, 0], rules)
+        d_inputs: Tensor = _triton().inputs_backward(*reading[:3], rows, d_sums, rules.groups, rules.added, rules.half)
+        return d_inputs, d_rows
     return blocks.pool_backward_all(
-        reading.inputs, reading.mean, reading.rstd, rows, d_sums, reading.mask, groups, added
+        reading.inputs, reading.mean, reading.rstd, rows, d_sums, reading.mask, rules.groups, rules.added
     )
+
+
+def _triton() -> ModuleType:
+    """The kernels, or what a compiler makes of them."""
+    if torch.compiler.is_compiling():
+        from slot_models.iterations import operators
+
+        return operators
+    from slot_models.iterations import kernels
+
+    return kernels
+
+
+def _transformed() -> bool:
+    """Whether torch.func is at work, which differentiates what it sees."""
+    return torch._C._are_functorch_transforms_active()

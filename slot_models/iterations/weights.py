@@ -15,6 +15,7 @@ class Rules:
     """What a slot attention is beside its weights; see attend and SlotAttention.
 
     absorb: whether queries and updates are projected, rather than the inputs; see absorbing.
+    half: whether to multiply in bfloat16, as under its autocast; sums stay in float32.
     """
 
     iterations: int
@@ -25,6 +26,7 @@ class Rules:
     norm_eps: float
     competition: Competition
     update: Update
+    half: bool = False
 
     @property
     def groups(self) -> int:

@@ -1,0 +1,180 @@
+"""The Triton passes against the same passes in plain torch: on a GPU if there is one, else in Triton's interpreter."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from slot_oracles import distance, gradient_distance, gradients, published_slot_attention, randomise
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from slot_models import MultiHeadSlotAttention, SlotAttention  # noqa: E402
+from slot_models.iterations import blocks, kernels, operators, passes  # noqa: E402
+
+# images, inputs, channels, groups, rows of a group: sizes that fill no tile, one that fills it, many slots or channels
+SIZES = [
+    (2, 37, 5, 1, 3),
+    (1, 64, 16, 1, 16),
+    (3, 9, 24, 2, 4),
+    (1, 150, 70, 1, 24),
+    (2, 20, 300, 1, 7),
+    (1, 1, 1, 1, 1),
+]
+sizes = pytest.mark.parametrize("sizes", SIZES, ids=str)
+
+
+def normal(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def centred(*shape: int, seed: int) -> Tensor:
+    """Rows [..., C + 1] of which the first C have no mean."""
+    rows = normal(*shape, seed=seed)
+    rows[..., :-1] -= rows[..., :-1].mean(dim=-1, keepdim=True)
+    return rows
+
+
+def read(batch: int, count: int, width: int, masked: bool) -> tuple[Tensor, Tensor | None]:
+    mask = None
+    if masked:
+        mask = normal(batch, count, seed=7) > -0.5
+    return 3 * normal(batch, count, width) + 1, mask
+
+
+@sizes
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_kernel_is_its_pass_in_plain_torch(sizes: Any, masked: bool) -> None:
+    batch, count, width, groups, rows_of_group = sizes
+    inputs, mask = read(batch, count, width, masked)
+    known = kernels.statistics(inputs, 1e-5, mask)
+    for ours, theirs in zip(known, blocks.statistics(inputs, 1e-5, mask), strict=True):
+        assert distance(ours, theirs) <= 1e-5
+    mean, rstd = known
+    rows = centred(batch, 2, groups * rows_of_group, width + 1, seed=3)
+    d_sums = centred(batch, 2, groups * rows_of_group, width + 1, seed=4)
+    first, d_first = rows[:, 0].contiguous(), d_sums[:, 0].contiguous()
+
+    sums = kernels.pool(inputs, mean, rstd, first, groups, 1e-3, False)
+    assert same(sums, blocks.pool(inputs, rstd, first, mask, groups, 1e-3))
+    d_rows = kernels.pool_backward(inputs, mean, rstd, first, d_first, groups, False)
+    assert same(d_rows, blocks.pool_backward(inputs, rstd, first, d_first, mask, groups))
+    d_inputs = kernels.inputs_backward(inputs, mean, rstd, rows, d_sums, groups, 1e-3, False)
+    expected, first_of_all = blocks.pool_backward_all(inputs, mean, rstd, rows, d_sums, mask, groups, 1e-3)
+    assert distance(d_inputs, expected) <= 1e-4
+    assert same(d_rows, first_of_all)
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    """But for a multiple of ones in the first C channels."""
+    parts = [torch.cat([t[..., :-1] - t[..., :-1].mean(-1, keepdim=True), t[..., -1:]], dim=-1) for t in (ours, theirs)]
+    return distance(*parts) <= 1e-4
+
+
+def test_a_pass_in_parts_is_the_whole_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial sums of as many programs as there are tiles, and the same numbers each time."""
+    inputs, _ = read(1, 700, 16, False)
+    known, rows = kernels.statistics(inputs, 1e-5, None), centred(1, 3, 17, seed=3)
+    d_sums, found = centred(1, 3, 17, seed=4), []
+    for programs in (1, 2, 1000):
+        monkeypatch.setattr(kernels, "_PROGRAMS_PER_PROCESSOR", programs)
+        found.append(
+            (
+                kernels.pool(inputs, *known, rows, 1, 1e-8, False),
+                kernels.pool_backward(inputs, *known, rows, d_sums, 1, False),
+            )
+        )
+        again = kernels.pool(inputs, *known, rows, 1, 1e-8, False)
+        assert torch.equal(again, found[-1][0])
+    for others in found[1:]:
+        assert all(distance(a, b) <= 1e-5 for a, b in zip(others, found[0], strict=True))
+
+
+@pytest.fixture
+def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "in_triton", lambda inputs: True)
+
+
+def build(heads: int, joint: bool, **options: Any) -> Any:
+    torch.manual_seed(1)
+    competition: Any = "joint" if joint else "per_head"
+    attention: Any = (
+        SlotAttention(4, 6, hidden_dim=7, **options)
+        if heads == 1
+        else MultiHeadSlotAttention(4, 6, heads, 12, hidden_dim=7, competition=competition, **options)
+    )
+    randomise(attention)
+    return attention.to(DEVICE)
+
+
+kinds = pytest.mark.parametrize(("heads", "joint"), [(1, False), (2, False), (2, True)])
+
+
+@pytest.mark.usefixtures("in_triton")
+@kinds
+@pytest.mark.parametrize("update", ["mean", "sum"])
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_the_module_through_the_kernels_equals_the_equations(heads: int, joint: bool, update: Any, way: str) -> None:
+    attention = build(heads, joint, update=update, iters=2, qkv_bias=True)
+    inputs, slots = normal(2, 21, 6).requires_grad_(), normal(2, 4, 6, seed=3)
+    mask = normal(2, 21, seed=4) > -1
+    run = torch.compile(attention, fullgraph=True, backend="aot_eager") if way == "compiled" else attention
+    ours = run(inputs, slots=slots, input_mask=mask)
+    leaves = {name: w for name, w in attention.named_parameters() if not name.startswith("slots_")} | {"inputs": inputs}
+    mine = gradients(ours.square().sum(), leaves)
+    oracle = published_slot_attention(
+        leaves, inputs, slots, 2, heads=heads, joint=joint, total=update == "sum", input_mask=mask
+    )
+    assert distance(ours, oracle) <= 1e-4
+    assert gradient_distance(mine, gradients(oracle.square().sum(), leaves)) <= 1e-3
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_inputs_in_bfloat16_are_near_float32() -> None:
+    attention, slots = build(1, False), normal(2, 4, 6, seed=3)
+    inputs = normal(2, 300, 6).bfloat16().requires_grad_()
+    same_inputs = inputs.detach().float().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = attention(inputs, slots=slots)
+    expected = attention(same_inputs, slots=slots)
+    assert found.dtype == torch.float32 and distance(found, expected) <= 2e-2
+    (gradient,) = torch.autograd.grad(found.square().sum(), inputs)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), same_inputs)
+    assert gradient.dtype == torch.bfloat16 and distance(gradient.float(), wanted) <= 5e-2
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize(
+    ("width", "slots", "dtype"), [(513, 4, torch.float32), (16, 65, torch.float32), (16, 4, torch.float64)]
+)
+def test_what_does_not_fit_a_kernel_goes_the_plain_way(width: int, slots: int, dtype: torch.dtype) -> None:
+    attention = SlotAttention(slots, 8, input_dim=width, iters=1).to(DEVICE, dtype)
+    inputs = normal(1, 5, width).to(dtype)
+    assert not passes.fit(inputs, normal(1, slots, 8).to(dtype), attention._rules(slots), attention._weights())
+    assert attention(inputs).isfinite().all()
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_export_holds_no_kernel() -> None:
+    attention, inputs = build(1, False), normal(2, 9, 6)
+    program = torch.export.export(attention, (inputs,))
+    assert "slot_models" not in str(program.graph)
+    assert distance(program.module()(inputs), attention(inputs)) <= 1e-5
+
+
+def test_the_operators_say_their_shapes_and_keep_their_inputs() -> None:
+    inputs, _ = read(2, 19, 6, False)
+    known, rows, d_sums = (
+        kernels.statistics(inputs, 1e-5, None),
+        centred(2, 2, 4, 7, seed=3),
+        centred(2, 2, 4, 7, seed=4),
+    )
+    first, d_first = rows[:, 0].contiguous(), d_sums[:, 0].contiguous()
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.statistics, (inputs, 1e-5, None), test_utils=checks)
+    torch.library.opcheck(operators.pool, (inputs, *known, first, 1, 1e-8, False), test_utils=checks)
+    torch.library.opcheck(operators.pool_backward, (inputs, *known, first, d_first, 1, False), test_utils=checks)
+    torch.library.opcheck(operators.inputs_backward, (inputs, *known, rows, d_sums, 1, 1e-8, False), test_utils=checks)
