@@ -353,7 +353,7 @@ def test_the_factorised_decoder_equals_the_plain_one(sizes: tuple[Any, ...], mas
         for parts in (ours, expected)
     )
     assert mine.keys() == leaves.keys()
-    assert gradient_distance(mine, theirs) <= 1e-10
+    assert gradient_distance(mine, theirs) <= 1e-12
 
 
 @pytest.mark.parametrize("mask", ["pixel", "cell"])
