@@ -1,1 +1,2 @@
-"""Where runs run: the Ray they connect to, clusters' files checked before a machine is rented."""
+"""Where runs run: the Ray they connect to and what it can hold, a cluster to try here, checks of clusters' files, the
+watcher that tells Ray of a spot notice."""
