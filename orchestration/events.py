@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestration.runs.storage import Storage, read
+from orchestration.runs.storage import Storage
 
 Kind = Literal["start", "workers", "resize", "preemption", "restart", "failure", "memory", "stop", "warning", "end"]
 """start: a driver begins. end, stop: the run is done; it has failed, or was stopped. workers: the ranks are there.
@@ -53,7 +53,7 @@ class EventLog:
     def __init__(self, folder: Storage) -> None:
         self._folder = folder
         try:
-            self.lines = read(folder, FILE).decode().splitlines()
+            self.lines = folder.read(FILE).decode().splitlines()
         except FileNotFoundError:
             self.lines = []
 

@@ -90,7 +90,7 @@ class PromotionLock:
             self._since = asked  # not ours until now
             if first != head:
                 head, seen = first, asked
-                logger.info("%s: waiting for %s", self._name, tickets[first])
+                logger.warning("%s: waiting for %s", self._name, tickets[first])
             elif asked - seen > self._seconds:
                 logger.warning("%s: %s is taken for dead, after %.0f s", self._name, tickets[first], self._seconds)
                 self._withdraw(first)

@@ -86,9 +86,10 @@ def rollback(client: MlflowClient, name: str) -> tuple[str, str]:
         The versions that are champion now, and that were.
 
     Raises:
-        ValueError: there is no champion, or nothing before it.
+        ValueError: there is no such model, no champion, or nothing before it.
         PromotionError: nothing is decided.
     """
+    _recorded(client, name)  # before a queue is made for a name that is not there
     with PromotionLock(client, name) as lock:
         current, before = holder(client, name, CHAMPION), holder(client, name, PREVIOUS)
         if current is None:
@@ -114,14 +115,11 @@ def moved_by_hand(client: MlflowClient, name: str) -> str | None:
     """How the aliases differ from where the last decision put them; None: they do not.
 
     They do after a hand in MLflow's UI, and after a promotion that was killed between writing down and moving.
+
+    Raises:
+        ValueError: there is no such registered model.
     """
-    try:
-        tag = client.get_registered_model(name).tags.get(DECISION)
-    except MlflowException as error:
-        if is_absent(error):
-            raise ValueError(f"{name}: there is no such registered model") from error
-        raise
-    recorded = json.loads(tag) if tag else {}
+    recorded = _recorded(client, name)
     there = {alias: holder(client, name, alias) for alias in (CHAMPION, PREVIOUS)}
     differences = [
         f"{alias} is {_called(there[alias])}, the last decision says {_called(recorded.get(alias))}"
@@ -129,6 +127,22 @@ def moved_by_hand(client: MlflowClient, name: str) -> str | None:
         if there[alias] != recorded.get(alias)
     ]
     return f"{name}: {'; '.join(differences)}" if differences else None
+
+
+def _recorded(client: MlflowClient, name: str) -> dict[str, str | None]:
+    """Where the last decision put the aliases.
+
+    Raises:
+        ValueError: there is no such registered model.
+    """
+    try:
+        tag = client.get_registered_model(name).tags.get(DECISION)
+    except MlflowException as error:
+        if is_absent(error):
+            raise ValueError(f"{name}: there is no such registered model") from error
+        raise
+    recorded: dict[str, str | None] = json.loads(tag) if tag else {}
+    return recorded
 
 
 def holder(client: MlflowClient, name: str, alias: str) -> str | None:
@@ -155,6 +169,8 @@ def _move(
     for alias, version in aliases.items():
         if version is not None:
             client.set_registered_model_alias(name, alias, version)
+        elif holder(client, name, alias) is not None:
+            client.delete_registered_model_alias(name, alias)
     if (found := holder(client, name, CHAMPION)) != aliases[CHAMPION]:
         wanted = _called(aliases[CHAMPION])
         raise PromotionError(

@@ -92,17 +92,29 @@ def subject_of(text: str, overrides: Sequence[str], tracking: str | None) -> Sub
     known = folder.facts.get("mlflow", {})
     if not known:
         raise SubjectError(f"{text}: this run has not come to MLflow yet, so its recipe is not known; name its recipe")
-    return _run(_logged_recipe(known["uri"], known["run"], overrides), folder, tracking)
+    recipe = _logged_recipe(known["uri"], known["run"], overrides)
+    folder.claim(recipe)  # raises where an override makes it another
+    return _run(recipe, folder, tracking)
 
 
 def _packaged(text: str, overrides: Sequence[str], tracking: str | None) -> Subject:
     uri = store_uri(tracking)
     if not text.startswith("models:/"):
-        recipe = recipe_of(text, uri, overrides)
+        recipe = _read(text, uri, overrides)
         return Subject(text, recipe, uri, recipe.registered_model, None, _uri=text)
     name, version = version_of(text, MlflowClient(uri, registry_uri=uri))
     exact = f"models:/{name}/{version}"
-    return Subject(f"{name} version {version}", recipe_of(exact, uri, overrides), uri, name, version, _uri=exact)
+    return Subject(f"{name} version {version}", _read(exact, uri, overrides), uri, name, version, _uri=exact)
+
+
+def _read(uri: str, tracking: str, overrides: Sequence[str]) -> Recipe:
+    recipe = recipe_of(uri, tracking, overrides)
+    if overrides and recipe.identity() != recipe_of(uri, tracking).identity():
+        raise SubjectError(
+            f"--set {' '.join(overrides)}: the model was trained by its recipe and stays as it is; set fields of "
+            "registry or parallel, and give other images with --shards"
+        )
+    return recipe
 
 
 def _run(recipe: Recipe, folder: RunFolder, tracking: str | None) -> Subject:

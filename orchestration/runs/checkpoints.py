@@ -24,7 +24,7 @@ from torch import Tensor
 
 from orchestration.engine import MOMENTS
 from orchestration.evaluate import yardstick
-from orchestration.runs.storage import Storage, read, read_json
+from orchestration.runs.storage import Storage, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Checkpoint:
             DamagedCheckpointError: it is missing or has another digest.
         """
         with _reading(f"{self.url}/{name}"):
-            content = read(self.files, name)
+            content = self.files.read(name)
         self._check(name, hashlib.sha256(content).hexdigest())
         return content
 

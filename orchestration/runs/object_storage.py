@@ -1,6 +1,8 @@
 """A prefix of a bucket in S3 or Google Cloud Storage, or of a server that speaks S3."""
 
 import contextlib
+import errno
+import os
 import secrets
 import shutil
 from functools import lru_cache
@@ -54,6 +56,20 @@ class ObjectStorage:
 
     def open(self, name: str) -> BinaryIO:
         return cast(BinaryIO, self._system.open_input_stream(self._path(name), compression=None, buffer_size=AHEAD))
+
+    def read(self, name: str) -> bytes:
+        """Arrow asks for the size first and then for so many bytes; in between the object may be another, or gone."""
+        for _ in range(ATTEMPTS):
+            try:
+                with self.open(name) as file:
+                    content = file.read()
+            except OSError:
+                if self._system.get_file_info(self._path(name)).is_file:
+                    raise
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self._url}/{name}") from None
+            if self._system.get_file_info(self._path(name)).size == len(content):
+                return content
+        raise OSError(f"{self._url}/{name}: changed in each of {ATTEMPTS} reads")
 
     def write(self, name: str, *pieces: bytes | memoryview) -> None:
         with self._system.open_output_stream(self._path(name), compression=None) as stream:

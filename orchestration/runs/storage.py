@@ -46,7 +46,11 @@ class Storage(Protocol):
     def files(self) -> list[File]:
         """All files below; none where there is no such folder."""
 
-    def open(self, name: str) -> BinaryIO: ...
+    def open(self, name: str) -> BinaryIO:
+        """To be read from its beginning; of a file that is not replaced meanwhile."""
+
+    def read(self, name: str) -> bytes:
+        """The whole file, as it was or as it is if it is replaced meanwhile."""
 
     def write(self, name: str, *pieces: bytes | memoryview) -> None:
         """Makes a file of these pieces in place of the one before, at once and durably. Makes its folder too."""
@@ -97,14 +101,9 @@ def storage_at(where: str | Path) -> Storage:
     return ObjectStorage(address)
 
 
-def read(storage: Storage, name: str) -> bytes:
-    with storage.open(name) as file:
-        return file.read()
-
-
 def read_json(storage: Storage, name: str) -> Any:
     """Raises: ValueError: the file is not JSON."""
-    return json.loads(read(storage, name))
+    return json.loads(storage.read(name))
 
 
 def to_json(content: Any) -> bytes:
@@ -134,6 +133,9 @@ class LocalStorage:
 
     def open(self, name: str) -> BinaryIO:
         return (self.path / name).open("rb")
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
 
     def write(self, name: str, *pieces: bytes | memoryview) -> None:
         write_bytes(self.path / name, *pieces)

@@ -82,4 +82,4 @@ class Page:
         self._closed = True
         kind: Kind = "end" if end == "FINISHED" else "stop"
         self.happened(Event(time.time(), kind, end.lower(), self._step))
-        return self._sender.close(end, seconds)
+        return self._sender.close(end, seconds, patient=end == "FINISHED")

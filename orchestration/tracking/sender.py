@@ -84,11 +84,15 @@ class Sender:
         """The run is RUNNING, FINISHED, FAILED or KILLED."""
         self._status = status
 
-    def close(self, status: str, seconds: float = CLOSE_SECONDS) -> bool:
+    def close(self, status: str, seconds: float = CLOSE_SECONDS, *, patient: bool = False) -> bool:
         """Sends the rest and the last status, and ends.
 
+        Args:
+            seconds: that this may take.
+            patient: it may take longer, as long as MLflow takes what it is given.
+
         Returns:
-            whether all of it has arrived within so many seconds; if not, the user is told where it waits.
+            whether all of it has arrived; if not, the user is told where it waits.
 
         Raises:
             Exception: of another kind than an outage: a defect, for which the thread had ended.
@@ -96,13 +100,15 @@ class Sender:
         self.status(status)
         self._closing.set()
         self._thread.join(seconds)
+        while patient and self._thread.is_alive() and not self._outage:
+            self._thread.join(LOOK_SECONDS)
         self._limits.close()
         if self._error is not None:
             raise self._error
         if not self._delivered:
             self._say(
-                f"MLflow did not take everything in {seconds:.0f} s ({self._outage or 'it is slow'}); nothing is lost: "
-                "it waits in the run's folder, and the same command sends it",
+                f"MLflow has not taken everything ({self._outage or f'not in {seconds:.0f} s'}); nothing is lost: it "
+                "waits in the run's folder, and the same command sends it",
                 "yellow",
             )
         return self._delivered

@@ -132,6 +132,18 @@ def test_an_mlflow_that_hangs_holds_up_neither_training_nor_the_end() -> None:
     hangs.set()
 
 
+def test_the_end_of_a_run_that_is_done_waits_for_an_mlflow_that_takes_what_it_is_given() -> None:
+    class Slow:
+        def deliver(self, tracker: Any) -> None:
+            time.sleep(0.3)
+
+    with Sender(lambda: FakeTracker(), [Slow()], Said()) as sender:  # type: ignore[arg-type, return-value]
+        assert sender.close("FINISHED", seconds=0.01, patient=True)
+    down = [MlflowException("connection refused")] * 100_000
+    with Sender(failing(*down), [], Said()) as sender:
+        assert not sender.close("FINISHED", seconds=0.1, patient=True), "but not for one that is down"
+
+
 def test_other_cargo_that_fails_does_not_hold_up_the_curves() -> None:
     class Stuck:
         def deliver(self, tracker: Any) -> None:

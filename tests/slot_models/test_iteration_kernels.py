@@ -1,6 +1,5 @@
 """The Triton passes against the same passes in plain torch: on a GPU if there is one, else in Triton's interpreter."""
 
-import os
 from typing import Any
 
 import pytest
@@ -8,12 +7,10 @@ import torch
 from slot_oracles import distance, gradient_distance, gradients, published_slot_attention, randomise
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+from slot_models import MultiHeadSlotAttention, SlotAttention
+from slot_models.iterations import blocks, kernels, operators, passes
 
-from slot_models import MultiHeadSlotAttention, SlotAttention  # noqa: E402
-from slot_models.iterations import blocks, kernels, operators, passes  # noqa: E402
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # images, inputs, channels, groups, rows of a group: sizes that fill no tile, one that fills it, many slots or channels
 SIZES = [
@@ -121,6 +118,7 @@ def test_the_module_through_the_kernels_equals_the_equations(heads: int, joint: 
     attention = build(heads, joint, update=update, iters=2, qkv_bias=True)
     inputs, slots = normal(2, 21, 6).requires_grad_(), normal(2, 4, 6, seed=3)
     mask = normal(2, 21, seed=4) > -1
+    torch.compiler.reset()
     run = torch.compile(attention, fullgraph=True, backend="aot_eager") if way == "compiled" else attention
     ours = run(inputs, slots=slots, input_mask=mask)
     leaves = {name: w for name, w in attention.named_parameters() if not name.startswith("slots_")} | {"inputs": inputs}

@@ -149,6 +149,7 @@ def test_functional_and_compiled_gradients_are_the_same(heads: int, joint: bool)
     expected = gradients(loss(weights), weights)
     attention.checks_values = False  # which looks at values
     assert gradient_distance(torch.func.grad(loss)(weights), expected) <= 1e-10
+    torch.compiler.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(inputs)
     assert gradient_distance(gradients(compiled.square().sum(), weights), expected) <= 1e-10
 

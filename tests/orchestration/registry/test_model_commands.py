@@ -162,7 +162,9 @@ def test_the_end_of_a_run_does_not_undo_a_rollback(world: World, recipe: Recipe)
         (("evaluate", f"models:/{NAME}"), "this is not a model of the registry; write models:/name@champion"),
         (("evaluate", "good", "--set", "train.steps=0"), "train.steps: 0 is not valid"),
         (("promote", "nothing"), "there is no such run, recipe or model"),
-        (("rollback", "nobody"), "nobody: it has no champion"),
+        (("evaluate", "good", "--set", "model.num_slots=5"), "model.num_slots: 4 there, 5 here"),
+        (("evaluate", f"models:/{NAME}/1", "--set", "model.num_slots=5"), "the model was trained by its recipe"),
+        (("rollback", "nobody"), "nobody: there is no such registered model"),
     ],
 )
 def test_what_cannot_be_done_is_said(arguments: tuple[str, ...], said: str) -> None:

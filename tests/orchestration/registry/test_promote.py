@@ -185,6 +185,12 @@ def test_a_hand_in_the_ui_is_told(registry: MadeUp) -> None:
     client.delete_registered_model_alias(name, PREVIOUS)
     assert "previous is nobody, the last decision says version 1" in str(moved_by_hand(client, name))
 
+    client.delete_registered_model_alias(name, CHAMPION)
+    client.set_registered_model_alias(name, PREVIOUS, first)
+    assert registry.promote(second).champion  # the first one again: nothing is before it
+    assert registry.aliases() == (second, None)
+    assert moved_by_hand(client, name) is None
+
 
 @pytest.mark.parametrize(
     ("call", "survived", "left", "told"),

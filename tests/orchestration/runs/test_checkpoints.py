@@ -22,7 +22,7 @@ from orchestration.runs.checkpoints import (
     restore,
 )
 from orchestration.runs.saver import Saver, new_token
-from orchestration.runs.storage import LocalStorage, Storage, read, storage_at, to_json
+from orchestration.runs.storage import LocalStorage, Storage, storage_at, to_json
 from orchestration.schedule import Schedule
 from orchestration.worker import StepReport, train
 
@@ -54,7 +54,7 @@ def trained(recipe: Recipe, data: Data, folder: Storage) -> tuple[PlainEngine, l
 
 def copied(source: Storage, target: Storage) -> None:
     for file in source.files():
-        target.write(file.name, read(source, file.name))
+        target.write(file.name, source.read(file.name))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_put_aside_with_a_warning(
     if damage is None:
         newest.files.delete(name)
     else:
-        newest.files.write(name, damage(read(newest.files, name)))
+        newest.files.write(name, damage(newest.files.read(name)))
     with caplog.at_level(logging.WARNING):
         found = newest_valid(folder)
     assert found is not None
@@ -229,7 +229,7 @@ def test_nothing_in_a_checkpoint_is_executable(made: Storage) -> None:
     for file in made.files():
         assert file.name.endswith((".json", ".safetensors"))
         if file.name.endswith(".json"):
-            json.loads(read(made, file.name))
+            json.loads(made.read(file.name))
 
 
 def test_another_models_checkpoint_is_refused(recipe: Recipe, made: Storage) -> None:

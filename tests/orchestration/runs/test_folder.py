@@ -7,7 +7,7 @@ import pytest
 from orchestration.recipe import Recipe, RecipeError
 from orchestration.runs.folder import RunFolder
 from orchestration.runs.lease import Lease
-from orchestration.runs.storage import read, read_json
+from orchestration.runs.storage import read_json
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_run_put_aside_is_whole_and_its_name_is_free(folder: RunFolder, recipe
             assert aside.name == f"small~{number}"
             assert aside.facts["digest"] == recipe.digest()
             assert read_json(aside.storage, "run.json")["attempt"] == number
-            assert read(aside.checkpoints, "000000004-a/manifest.json") == b"{}"
+            assert aside.checkpoints.read("000000004-a/manifest.json") == b"{}"
         assert {file.name.partition("/")[0] for file in folder.storage.files()} == {"leases"}
     with Lease(folder) as again:
         assert again.number == 2  # numbers go on

@@ -4,13 +4,14 @@ import errno
 import pickle
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 from full_disk import no_file_over
 
 from orchestration.runs import object_storage
-from orchestration.runs.storage import LocalStorage, Storage, read, storage_at
+from orchestration.runs.storage import LocalStorage, Storage, storage_at
 
 
 def names(storage: Storage) -> set[str]:
@@ -25,30 +26,54 @@ def test_what_is_written_is_read_listed_moved_and_deleted(storage: Storage) -> N
     storage.write("deep/c", b"")
     assert names(storage) == {"a.json", "deep/er/b", "deep/c"}
     assert names(storage / "deep") == {"er/b", "c"}
-    assert read(storage, "a.json") == b"second"
-    assert read(storage / "deep", "er/b") == b"b"
-    assert read(storage, "deep/c") == b""
+    assert storage.read("a.json") == b"second"
+    assert (storage / "deep").read("er/b") == b"b"
+    assert storage.read("deep/c") == b""
 
     storage.move("deep", "away/deep")
     storage.move("a.json", "away/a.json")
     assert names(storage) == {"away/deep/er/b", "away/deep/c", "away/a.json"}
-    assert read(storage, "away/deep/er/b") == b"b"
+    assert storage.read("away/deep/er/b") == b"b"
     storage.delete("away/deep")
     storage.delete("away/a.json")
     storage.delete("away/a.json")
     storage.delete("nothing/of/the/kind")
     assert names(storage) == set()
     with pytest.raises(FileNotFoundError):
-        read(storage, "away/a.json")
+        storage.read("away/a.json")
     with pytest.raises(FileNotFoundError):
-        read(storage / "deep", "c")
+        (storage / "deep").read("c")
 
 
 def test_what_is_larger_than_one_upload_is_whole(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_storage, "PIECE", 7 * 2**20)
     content = np.random.Generator(np.random.Philox(key=[1, 2])).bytes(16 * 2**20 + 12345)
     storage.write("large", b"head", memoryview(content))
-    assert read(storage, "large") == b"head" + content
+    assert storage.read("large") == b"head" + content
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that is gone is not there, whatever the server's answer looks like."""
+    opener = type(storage).open
+    changes: list[bytes | None] = [b"a longer one" * 100]
+
+    def late(self: Storage, name: str) -> BinaryIO:
+        """The object changes between the look at its size and the reading."""
+        file = opener(self, name)
+        if changes:
+            content = changes.pop(0)
+            self.delete(name) if content is None else self.write(name, content)
+        return file
+
+    monkeypatch.setattr(type(storage), "open", late)
+    storage.write("a", b"first")
+    assert storage.read("a") in (b"first", b"a longer one" * 100)
+    if not isinstance(storage, LocalStorage):  # which holds what it has opened
+        changes.append(None)
+        with pytest.raises(FileNotFoundError):
+            storage.read("a")
 
 
 def test_what_is_too_large_for_one_copy_is_moved_whole(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +83,7 @@ def test_what_is_too_large_for_one_copy_is_moved_whole(storage: Storage, monkeyp
     storage.write("deep/small", content[:10])
     storage.move("deep", "away")
     assert names(storage) == {"away/large", "away/small"}
-    assert read(storage, "away/large") == content
+    assert storage.read("away/large") == content
 
 
 def test_names_that_share_a_beginning_are_apart(storage: Storage) -> None:
@@ -79,8 +104,8 @@ def test_times_are_the_storages_own(storage: Storage) -> None:
 
 def test_it_is_the_same_place_in_another_process(storage: Storage) -> None:
     (storage / "deep").write("a", b"1")
-    assert read(pickle.loads(pickle.dumps(storage / "deep")), "a") == b"1"
-    assert read(storage_at((storage / "deep").url), "a") == b"1"
+    assert pickle.loads(pickle.dumps(storage / "deep")).read("a") == b"1"
+    assert storage_at((storage / "deep").url).read("a") == b"1"
 
 
 def test_of_many_who_want_a_name_at_most_one_gets_it(storage: Storage) -> None:
@@ -107,7 +132,7 @@ def test_of_many_who_want_a_name_at_most_one_gets_it(storage: Storage) -> None:
             winners = [name for name in [storage.claim(f"{number}.json", b"me")] if name]
             assert len(winners) == 1  # alone, one always does
         assert storage.claim(f"{number}.json", b"too late") is None
-        assert read(storage, winners[0]) == b"me"
+        assert storage.read(winners[0]) == b"me"
 
 
 def test_a_write_that_fails_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> None:
@@ -116,7 +141,7 @@ def test_a_write_that_fails_leaves_the_file_before_and_nothing_else(tmp_path: Pa
     with no_file_over(10_000), pytest.raises(OSError, match="too large") as caught:
         storage.write("a", b"x" * 9_000, b"x" * 9_000)
     assert caught.value.errno == errno.EFBIG
-    assert read(storage, "a") == b"before"
+    assert storage.read("a") == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
