@@ -109,7 +109,7 @@ class PromotionLock:
         for attempt in range(_TRIES):
             try:
                 ticket = self._client.create_model_version(
-                    self._queue, source="slotforge:ticket", tags={"holder": holder}, await_creation_for=0
+                    self._queue, source="slotforge:/ticket", tags={"holder": holder}, await_creation_for=0
                 )
                 return int(ticket.version)
             except MlflowException as error:
