@@ -34,7 +34,7 @@ def test_holders_follow_each_other_in_the_order_of_their_tickets(client: mlflow.
 
 def test_a_dead_holder_is_evicted_by_the_next_in_line_alone(client: mlflow.MlflowClient) -> None:
     """Two wait behind a ticket that nobody holds; who comes second waits for the first, not for its own patience."""
-    dead = client.create_model_version(QUEUE, "slotforge:ticket", await_creation_for=0)
+    dead = client.create_model_version(QUEUE, "slotforge:/ticket", await_creation_for=0)
     began, order = time.monotonic(), []
 
     def turn(seconds: float) -> None:
