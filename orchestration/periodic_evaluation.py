@@ -14,6 +14,8 @@ from orchestration.worker import Micro, Schedule, StepReport
 from pipelines.sets import Place
 from slot_models import SlotOutput, Stage
 
+MOST_PICTURES = 50  # in a run, unless the recipe says how often
+
 
 class Audience(Protocol):
     """Whoever watches the run."""
@@ -57,7 +59,7 @@ class PeriodicEvaluation:
         if report.done % self._recipe.evaluate.every and not last:
             return
         deciding = self._schedule.stage(report.step) == "deciding"
-        pictures = last or report.done % (self._recipe.tracking.pictures_every or 1) == 0
+        pictures = last or report.done % _pictures_every(self._recipe) == 0
         scenes = FirstScenes()
         evaluation = self._evaluate(deciding, scenes if pictures else None)
         self.measured = evaluation.metrics()
@@ -111,3 +113,9 @@ class PeriodicEvaluation:
             if start not in self._collapsed:
                 audience.warn(text)
         self._collapsed = set(found)
+
+
+def _pictures_every(recipe: Recipe) -> int:
+    """Steps between pictures, a multiple of those between evaluations."""
+    every, evaluations = recipe.evaluate.every, recipe.train.steps // recipe.evaluate.every
+    return recipe.tracking.pictures_every or every * max(1, -(-evaluations // MOST_PICTURES))

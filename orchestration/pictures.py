@@ -1,21 +1,29 @@
-"""Pictures that explain a model: scenes with their slots, and counts."""
+"""Pictures that explain a model: sheets of scenes with their slots, and of the attention by iteration.
 
-from collections.abc import Mapping, Sequence
+Sheets are pasted together by Pillow: while a run trains they are made at each evaluation, and a plotting library takes
+a second for what this does in hundredths of one.
+"""
+
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
-from slot_models import SlotCounts, SlotOutput
+from slot_models import SlotOutput
 
-CELL = 1.1  # inches
+Pixels = NDArray[np.floating]
+
+SIDE = 160  # pixels of a cell, about: small images are enlarged by a whole number, large ones are shrunk to it
+GAP, FRAME, HEAD = 8, 5, 24
+PAPER, INK = (255, 255, 255), (90, 90, 90)
 
 
-def scene_figure(images: NDArray[np.uint8], output: SlotOutput) -> Figure:
-    """A row for each image: input, reconstruction, masks, and each slot's picture with kept slots framed.
+def scene_sheet(images: NDArray[np.uint8], output: SlotOutput) -> Image.Image:
+    """A row for each image: input, reconstruction, masks, and what each slot draws; kept slots have a frame.
 
     Where features are reconstructed there is nothing to draw: the reconstruction is left out, and a slot shows its part
     of the image.
@@ -24,31 +32,44 @@ def scene_figure(images: NDArray[np.uint8], output: SlotOutput) -> Figure:
         images: uint8 [N, H, W, 3].
         output: of these images, on the CPU.
     """
-    count, slots = output.keep.shape
+    slots = output.keep.shape[1]
     drawn = output.pictures is not None and output.target.shape[1:] == (3, *images.shape[1:3])
-    titles = ["input", "drawn back", "masks"] if drawn else ["input", "masks"]
-    columns = len(titles) + slots
-    figure = Figure(figsize=(columns * CELL, count * CELL + 0.3), layout="constrained", dpi=150)
-    axes = figure.subplots(count, columns, squeeze=False)
+    titles = ["input", *(["drawn back"] if drawn else []), "masks", *(f"slot {k}" for k in range(slots))]
     masks = output.masks_at(*images.shape[1:3]).numpy()  # [N, K, H, W]
     if drawn:
         assert output.pictures is not None
         pictures, reconstructions = _pixels(output.pictures), _pixels(output.reconstruction)  # [N, K, H, W, 3]
     else:
         pictures = np.repeat(images[:, None] / np.float32(255), slots, axis=1)
+    shares = masks[..., None]  # [N, K, H, W, 1]
+    taken = pictures * shares + 1 - shares  # a slot's picture where its mask is, white elsewhere
+    rows = []
     for row, image in enumerate(images):
-        shown = [image, *([reconstructions[row]] if drawn else []), overlay(image, masks[row])]
-        # a slot's share of the scene: its picture where its mask is, white elsewhere
-        shown += [pictures[row, k] * masks[row, k, ..., None] + 1 - masks[row, k, ..., None] for k in range(slots)]
-        for column, (axis, picture) in enumerate(zip(axes[row], shown, strict=True)):
-            axis.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-            slot = column - len(titles)
-            if slot >= 0:
-                _mark(axis, kept=bool(output.keep[row, slot] > 0.5), slot=slot)
-    for axis, title in zip(axes[0], [*titles, *(f"slot {k}" for k in range(slots))], strict=True):
-        axis.set_title(title, fontsize=8)
-    return figure
+        cells = [_cell(image / 255)]
+        if drawn:
+            cells.append(_cell(reconstructions[row]))
+        cells.append(_cell(overlay(image, masks[row])))
+        for slot, keep in enumerate((output.keep[row] > 0.5).tolist()):
+            cells.append(_framed(_cell(taken[row, slot]), slot) if keep else _dropped(_cell(taken[row, slot])))
+        rows.append(cells)
+    return _sheet(titles, rows)
+
+
+def attention_sheet(images: NDArray[np.uint8], attention: Tensor) -> Image.Image:
+    """A row for each image: what each slot won of it, in its colour, iteration by iteration.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        attention: float [N, T, K, h, w], on the CPU; see SlotOutput.
+    """
+    iterations, slots = attention.shape[1:3]
+    large = functional.interpolate(attention.flatten(1, 2), images.shape[1:3], mode="nearest")
+    won = large.numpy().reshape(len(images), iterations, slots, *images.shape[1:3])
+    rows = [
+        [_cell(image / 255), *(_cell(overlay(image, won[row, iteration])) for iteration in range(iterations))]
+        for row, image in enumerate(images)
+    ]
+    return _sheet(["input", *(f"iteration {t + 1}" for t in range(iterations))], rows)
 
 
 def overlay(image: NDArray[np.uint8], masks: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -65,65 +86,39 @@ def slot_colours(slots: int) -> NDArray[np.float64]:
     return colours
 
 
-def attention_figure(images: NDArray[np.uint8], attention: Tensor) -> Figure:
-    """A row for each image: what each slot won of it, in its colour, iteration by iteration.
-
-    Args:
-        images: uint8 [N, H, W, 3].
-        attention: float [N, T, K, h, w], on the CPU; see SlotOutput.
-    """
-    count, iterations, slots = attention.shape[:3]
-    figure = Figure(figsize=((1 + iterations) * CELL, count * CELL + 0.3), layout="constrained", dpi=150)
-    axes = figure.subplots(count, 1 + iterations, squeeze=False)
-    shares = functional.interpolate(attention.flatten(1, 2), images.shape[1:3], mode="nearest")
-    painted = shares.numpy().reshape(count, iterations, slots, *images.shape[1:3])
-    for row, image in enumerate(images):
-        shown = [image, *(overlay(image, painted[row, iteration]) for iteration in range(iterations))]
-        for axis, picture in zip(axes[row], shown, strict=True):
-            axis.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], ["input", *(f"iteration {t + 1}" for t in range(iterations))], strict=True):
-        axis.set_title(title, fontsize=8)
-    return figure
+def _sheet(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Cells of one size, in rows under titles."""
+    width, height = (side + GAP for side in rows[0][0].size)
+    sheet = Image.new("RGB", (GAP + width * len(titles), HEAD + height * len(rows)), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column, title in enumerate(titles):
+        pen.text((GAP + column * width + width // 2 - GAP // 2, HEAD // 2), title, INK, font, anchor="mm")
+        for row, cells in enumerate(rows):
+            sheet.paste(cells[column], (GAP + column * width, HEAD + row * height))
+    return sheet
 
 
-def confusion_figure(counts: SlotCounts) -> Figure:
-    """Heat map of kept slots against objects; a gate that is always right draws a diagonal."""
-    confusion = counts.confusion.numpy()
-    figure = Figure(figsize=(4, 4), layout="constrained", dpi=150)
-    axis = figure.subplots()
-    axis.imshow(confusion, origin="lower", cmap="Blues")
-    for (kept, objects), number in np.ndenumerate(confusion):
-        if number:
-            colour = "white" if number > confusion.max() / 2 else "black"
-            axis.text(objects, kept, f"{number:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    axis.set(
-        xlabel="objects in the scene",
-        ylabel="kept slots",
-        xticks=range(confusion.shape[1]),
-        yticks=range(confusion.shape[0]),
-    )
-    return figure
+def _cell(picture: Pixels) -> Image.Image:
+    """[H, W, 3] in 0..1."""
+    cell = Image.fromarray(np.rint(picture * 255).astype(np.uint8))
+    times = SIDE // max(cell.size)
+    if times > 0:
+        return cell.resize((cell.width * times, cell.height * times), Image.Resampling.NEAREST)
+    cell.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+    return cell
 
 
-def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Curves over steps, one above the other: name -> (step, value) points."""
-    figure = Figure(figsize=(7, 1.6 * len(curves)), layout="constrained", dpi=120)
-    axes = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
-    for axis, (name, points) in zip(axes, curves.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), linewidth=1)
-        axis.set_ylabel(name, fontsize=7)
-        axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("step")
-    return figure
+def _framed(cell: Image.Image, slot: int) -> Image.Image:
+    colour = tuple(np.rint(slot_colours(slot + 1)[slot] * 255).astype(int).tolist())
+    ImageDraw.Draw(cell).rectangle((0, 0, cell.width - 1, cell.height - 1), outline=colour, width=FRAME)
+    return cell
 
 
-def _mark(axis: "mpl.axes.Axes", kept: bool, slot: int) -> None:
-    colour = mpl.colormaps["tab10"](slot % 10) if kept else "lightgrey"
-    for spine in axis.spines.values():
-        spine.set(color=colour, linewidth=3 if kept else 0.5)
-    if not kept:
-        axis.set_xlabel("dropped", fontsize=6, color="grey", labelpad=1)
+def _dropped(cell: Image.Image) -> Image.Image:
+    faded = Image.blend(cell, Image.new("RGB", cell.size, (225, 225, 225)), 0.8)
+    middle = (cell.width // 2, cell.height // 2)
+    ImageDraw.Draw(faded).text(middle, "dropped", INK, ImageFont.load_default(13), anchor="mm")
+    return faded
 
 
 def _pixels(images: Tensor) -> NDArray[np.float32]:

@@ -92,7 +92,7 @@ class TrackingSection(Section):
     experiment: str = "slotforge"
     every: PositiveInt = Field(10, description="steps between points of the training curves")
     pictures_every: PositiveInt | None = Field(
-        None, description="steps between pictures, a multiple of evaluate.every; null: at each evaluation"
+        None, description="steps between pictures, a multiple of evaluate.every; null: at evaluations, 50 at most"
     )
 
     system_metrics: bool = Field(True, description="CPU, memory, network and GPU of each node, in runs below the run")

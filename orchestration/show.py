@@ -14,7 +14,8 @@ from rich.table import Table
 
 from orchestration.assembly import Data, evaluation_batches
 from orchestration.evaluate import Evaluation
-from orchestration.pictures import confusion_figure, curves_figure, scene_figure
+from orchestration.figures import confusion_figure, curves_figure
+from orchestration.pictures import scene_sheet
 from orchestration.recipe import Recipe
 from orchestration.registry.held_out import HeldOut
 from orchestration.registry.loading import load
@@ -45,14 +46,13 @@ def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, cons
 
     pictures = folder.path / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    figures = {"scenes.png": scene_figure(images, packaged.run(images))}
+    scene_sheet(images, packaged.run(images)).save(pictures / "scenes.png")
     if evaluation.counts is not None:
-        figures["counts.png"] = confusion_figure(evaluation.counts)
+        confusion_figure(evaluation.counts).savefig(pictures / "counts.png")
     curves = {name: tracker.points(name) for name in PLOTTED}
-    figures["curves.png"] = curves_figure({name: points for name, points in curves.items() if points})
-    for name, figure in figures.items():
-        figure.savefig(pictures / name)
-        tracker.client.log_artifact(tracker.run_id, str(pictures / name), "pictures")
+    curves_figure({name: points for name, points in curves.items() if points}).savefig(pictures / "curves.png")
+    for path in sorted(pictures.glob("*.png")):
+        tracker.client.log_artifact(tracker.run_id, str(path), "pictures")
 
     console.print(_table(recipe, evaluation, tracker, registered, pictures))
     _print_commands(console, tracker, registered)

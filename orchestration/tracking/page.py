@@ -82,4 +82,5 @@ class Page:
         self._closed = True
         kind: Kind = "end" if end == "FINISHED" else "stop"
         self.happened(Event(time.time(), kind, end.lower(), self._step))
+        self._gallery.finish()
         return self._sender.close(end, seconds, patient=end == "FINISHED")

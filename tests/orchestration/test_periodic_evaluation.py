@@ -106,3 +106,9 @@ def test_pictures_are_taken_at_every_evaluation_or_at_some(recipe: Recipe, data:
     assert set(listener.glimpses) == {9, 12}, "the last one always"
     with pytest.raises(RecipeError, match=r"tracking.pictures_every: 10 is not a multiple of evaluate.every: 3.*12"):
         changed(recipe, evaluate={"every": 3}, tracking={"pictures_every": 10})
+
+
+def test_a_long_run_has_pictures_of_a_bounded_number_of_steps(recipe: Recipe, data: Data) -> None:
+    often = changed(recipe, train={"steps": 1203}, evaluate={"every": 1})
+    _, listener, _ = evaluated(often, data, [*range(20, 60), 1203])
+    assert sorted(listener.glimpses) == [25, 50, 1203], "49 of them would be 25 steps apart, and the last one always"
