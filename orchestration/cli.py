@@ -1,5 +1,6 @@
 """slotforge: train, look at and use object-centric models."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,10 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = [],  # noqa: B006 typer reads it, nothing writes it
     fresh: Annotated[bool, typer.Option("--fresh", help="put the existing run aside and train anew")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="tell at the end where a step's time went")] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="the same, and a trace of a few steps for Perfetto")
+    ] = None,
 ) -> None:
     """Run a recipe: shards, training, evaluation, registry, report.
 
@@ -34,7 +39,7 @@ def train(
     """
     from orchestration.train import main
 
-    raise typer.Exit(main(recipe, overrides, fresh))
+    raise typer.Exit(main(recipe, overrides, fresh, profile, trace))
 
 
 @app.command()

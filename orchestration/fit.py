@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +18,8 @@ from orchestration.clusters.capacity import cpus_per_worker, use_gpu
 from orchestration.elastic import Backend, Trainer
 from orchestration.files import write_json
 from orchestration.mailbox import STOP_SECONDS, News, TrainingError, open_mailbox
+from orchestration.profiling.profile import TRACED_STEPS, WARM_STEPS, StepProfile
+from orchestration.profiling.show import Wish, profile_table, write_trace
 from orchestration.rank import FINAL_ERRORS, train_rank
 from orchestration.recipe import Recipe, state_home
 from orchestration.runs.checkpoints import committed
@@ -37,7 +40,15 @@ GROUP_START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Elastic: a node that has just died is still counted for a while, and a start on it only times out."""
 
 
-def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, page: Page, progress: Progress) -> None:
+def fit(
+    recipe: Recipe,
+    data: Data,
+    folder: RunFolder,
+    lease: int,
+    page: Page,
+    progress: Progress,
+    profiling: Wish | None = None,
+) -> None:
     """Trains a run from its newest checkpoint to its end, on the Ray that is connected.
 
     Raises:
@@ -45,8 +56,8 @@ def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, page: Page, p
         KeyboardInterrupt: it was asked to stop, and has saved; says where.
     """
     mailbox = open_mailbox(folder.facts.get("micro_batch"))
-    training = _Training(_trainer(recipe, data, folder, lease, mailbox))
-    watch = _Watch(mailbox, training, folder, page, progress, recipe.train.steps)
+    training = _Training(_trainer(recipe, data, folder, lease, mailbox, profiling))
+    watch = _Watch(mailbox, training, folder, page, progress, recipe.train.steps, profiling)
     page.begins(_newest_step(folder), machines())
     try:
         training.start()
@@ -56,7 +67,7 @@ def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, page: Page, p
             progress.console.print("stopping: the workers save first; once more stops them at once", style="yellow")
             mailbox.ask.remote("stop")
             deadline = time.monotonic() + STOP_SECONDS
-            watch.until(lambda: watch.news.stopped or time.monotonic() > deadline)
+            watch.until(lambda: watch.stopped or time.monotonic() > deadline)
             raise
         if training.error is not None:
             raise TrainingError(
@@ -77,7 +88,9 @@ def fit(recipe: Recipe, data: Data, folder: RunFolder, lease: int, page: Page, p
         )
 
 
-def _trainer(recipe: Recipe, data: Data, folder: RunFolder, lease: int, mailbox: Any) -> Trainer:
+def _trainer(
+    recipe: Recipe, data: Data, folder: RunFolder, lease: int, mailbox: Any, profiling: Wish | None
+) -> Trainer:
     gpu, threads, workers = use_gpu(recipe), cpus_per_worker(recipe), recipe.parallel.workers
     elastic = workers.min < workers.max
     for name, seconds in {**TIMES, GROUP_START_SECONDS: "10" if elastic else "60"}.items():
@@ -95,6 +108,8 @@ def _trainer(recipe: Recipe, data: Data, folder: RunFolder, lease: int, mailbox:
             "gpu": gpu,
             "threads": threads,
             "mailbox": mailbox,
+            "profile": profiling is not None,
+            "trace": profiling is not None and profiling.trace is not None,
         },
         # A lost peer hangs a collective for this long: minutes, not the default half hour.
         torch_config=Backend(backend="nccl" if gpu else "gloo", timeout_s=120),
@@ -141,12 +156,20 @@ class _Watch:
     """Shows what the ranks do."""
 
     def __init__(
-        self, mailbox: Any, training: _Training, folder: RunFolder, page: Page, progress: Progress, steps: int
+        self,
+        mailbox: Any,
+        training: _Training,
+        folder: RunFolder,
+        page: Page,
+        progress: Progress,
+        steps: int,
+        profiling: Wish | None,
     ) -> None:
-        self._mailbox, self._training, self._folder = mailbox, training, folder
+        self._mailbox, self._training, self._folder, self._profiling = mailbox, training, folder, profiling
         self._page, self._progress = page, progress
         self._bar = progress.add_task("starting workers", total=steps)
         self.news = News()
+        self._shown = profiling is None
 
     def until(self, over: Callable[[], bool]) -> None:
         """Until training is done, or it is over.
@@ -161,6 +184,11 @@ class _Watch:
                 self._fail()
             if finished:
                 return
+
+    @property
+    def stopped(self) -> bool:
+        """The ranks have stopped as they were asked, and said all they had to say."""
+        return self.news.stopped and self._shown
 
     def close(self) -> None:
         self._progress.remove_task(self._bar)
@@ -180,9 +208,21 @@ class _Watch:
             self._page.picture(step, glimpse)
         for node, attempt, samples in self.news.samples:
             self._page.measured(node, attempt, samples)
+        if self._profiling is not None and self.news.profile is not None:
+            self._show(self.news.profile, self.news.trace, self._profiling.trace)
         if live := self.news.live:
             text = f"loss {live['loss']:.4f}  kept {live['kept']:.1f}  {live['images_per_second']:.0f} images/s"
             self._progress.update(self._bar, completed=live["step"], description=f"training  {text}")
+
+    def _show(self, profile: StepProfile, trace: bytes | None, path: Path | None) -> None:
+        self._shown = True
+        if profile.steps:
+            self._progress.console.print(profile_table(profile))
+        if path is not None and trace is not None:
+            write_trace(trace, path)
+            self._say(f"trace: {path}; open it in https://ui.perfetto.dev", "dim")
+        elif path is not None:
+            self._say(f"trace: the run ended before the {WARM_STEPS + TRACED_STEPS} steps that it takes", "yellow")
 
     def _fail(self) -> None:
         failure = self.news.failure

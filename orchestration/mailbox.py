@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestration.events import Event, Kind
+from orchestration.profiling.profile import StepProfile
 
 STOP_SECONDS = 60.0  # that the ranks have to save before they are stopped
 
@@ -54,6 +55,7 @@ class News:
         stopped: whether the ranks have saved and stopped, as they were asked.
         failure: what stopped them for good.
         micro_batch: the largest micro batch that has not run out of memory, where one did.
+        profile, trace: of rank 0's steps, where it was asked for them; see orchestration.profiling.
     """
 
     live: dict[str, float] = field(default_factory=dict)
@@ -64,6 +66,8 @@ class News:
     stopped: bool = False
     failure: Failure | None = None
     micro_batch: int | None = None
+    profile: StepProfile | None = None
+    trace: bytes | None = None
 
 
 class Mailbox:
@@ -116,6 +120,9 @@ class Mailbox:
 
     def measured(self, node: str, attempt: str, samples: list[Any]) -> None:
         self._news.samples.append((node, attempt, samples))
+
+    def profiled(self, profile: StepProfile, trace: bytes | None) -> None:
+        self._news.profile, self._news.trace = profile, trace
 
     def fail(self, failure: Failure) -> None:
         """The first one counts; those after it follow from it."""

@@ -6,8 +6,8 @@ A restart, at any world size, comes here too: the run folder knows the rest.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from orchestration.interval import SaveInterval
 from orchestration.mailbox import Failure, Leaving, Request, Stopped
 from orchestration.node_metrics import NodeMetrics, gpu_sample, node_sample
 from orchestration.periodic_evaluation import PeriodicEvaluation
+from orchestration.profiling.profiler import Profiler
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recovery import recovery_line, recovery_parts
 from orchestration.runs.checkpoints import DamagedCheckpointError, newest_valid, restore
@@ -64,7 +65,8 @@ def train_rank(config: Mapping[str, Any]) -> None:
     mailbox = config["mailbox"]
     try:
         try:
-            _train_rank(config)
+            with _profiler(config) as profiler:
+                _train_rank(config, profiler)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -77,7 +79,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
         raise
 
 
-def _train_rank(config: Mapping[str, Any]) -> None:
+def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
     import ray.train
 
     context = ray.train.get_context()
@@ -127,6 +129,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
         return driver.request() or ("save" if interval.due(done) else None)
 
     agreement = Agreement(board, rank, start, decide)
+    agree = agreement.after if profiler is None else profiler.call("agreement", agreement.after)
     curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots)
     if driver is not None and engine.device.type == "cuda":
         curves.count_flops(recipe)
@@ -148,10 +151,12 @@ def _train_rank(config: Mapping[str, Any]) -> None:
                 curves.add({f"recovery/{part}": seconds for part, seconds in parts.items()}, report.done)
 
     def save(report: StepReport) -> None:
-        pause = agreement.after(report.done)
+        pause = agree(report.done)
         if pause is None and report.done != recipe.train.steps:
             return
         began = time.perf_counter()
+        if profiler is not None:
+            curves.add(profiler.points(), report.done)
         points = curves.take()  # raises if the loss has diverged: such a state is never saved
         facts = {"steps": report.done, "recipe": recipe.digest(), "world": world, "eval": evaluation.measured}
         saver.save(report.done, engine, points, facts)
@@ -166,9 +171,10 @@ def _train_rank(config: Mapping[str, Any]) -> None:
                 ray.get(mailbox.stopped.remote())
             raise Stopped
 
-    hooks: list[Hook] = [back, curves.record, evaluation, save]
+    hooks: list[tuple[str, Hook]] = [("logging", back), ("logging", curves.record)]
     if driver is not None:
-        hooks.insert(1, driver.show)
+        hooks.insert(1, ("logging", driver.show))
+    hooks += [("evaluation", evaluation), ("checkpoint", save)]
     ledger = _ledger(recipe, f"{start:09d}-{token}-rank-{rank}.txt")
     with (
         training_stream(recipe, data.train, noise, rank, world, device=device, ledger=ledger) as stream,
@@ -176,12 +182,29 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     ):
         background = recipe.evaluate.background_slots
         try:
-            train(engine, stream, schedule, start=start, background_slots=background, hooks=hooks)
+            given = engine, stream, [hook for _, hook in hooks]
+            learner, batches, after = given if profiler is None else profiler.around(engine, stream, hooks)
+            train(learner, batches, schedule, start=start, background_slots=background, hooks=after)
             saver.wait(must=True)
         except DivergedError as error:
             error.step = error.step or done
             error.facts = diagnose(error, model, training_order(recipe, data.train), data.train)
             raise
+
+
+@contextmanager
+def _profiler(config: Mapping[str, Any]) -> Iterator[Profiler | None]:
+    """Rank 0's, where the driver wishes for it; the driver hears what it has found however the rank ends."""
+    import ray.train
+
+    if not config["profile"] or ray.train.get_context().get_world_rank() > 0:
+        yield None
+        return
+    with Profiler("cuda" if config["gpu"] else "cpu", trace=config["trace"]) as profiler:
+        try:
+            yield profiler
+        finally:
+            ray.get(config["mailbox"].profiled.remote(profiler.profile(), profiler.trace()))
 
 
 def _node_metrics(

@@ -11,10 +11,12 @@ import argparse
 import signal
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
 from orchestration.mailbox import TrainingError
+from orchestration.profiling.show import Wish
 from orchestration.recipe import Recipe, RecipeError, load_recipe, recipe_names
 from orchestration.runs.folder import RunFolder
 from orchestration.runs.lease import Lease, LeaseHeldError, LeaseLostError
@@ -23,7 +25,7 @@ from orchestration.terminal import complain, new_progress, tell
 INTERRUPTED = 130
 
 
-def run(recipe: Recipe, *, fresh: bool = False, console: Console | None = None) -> None:
+def run(recipe: Recipe, *, fresh: bool = False, console: Console | None = None, profiling: Wish | None = None) -> None:
     """Runs a recipe to its end: shards, training, evaluation, registry, report. What is done already is not repeated.
 
     Raises:
@@ -39,10 +41,10 @@ def run(recipe: Recipe, *, fresh: bool = False, console: Console | None = None) 
         if fresh and folder.facts:
             console.print(f"run [bold]{recipe.name}[/]: the existing one is now {folder.put_aside().name}")
         folder.claim(recipe)
-        _run(recipe, folder, lease.number, console)
+        _run(recipe, folder, lease.number, console, profiling)
 
 
-def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> None:
+def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console, profiling: Wish | None) -> None:
     # Heavy imports wait until the recipe is known to be right.
     from orchestration.clusters.connection import ray_cluster
     from orchestration.prepare import check_data, data_folders, is_prepared, prepare
@@ -64,7 +66,7 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console) -> Non
             if newest is not None:
                 console.print(f"run [bold]{recipe.name}[/]: going on from step {newest.steps}")
             with Page(recipe, folder, lambda text, style: tell(progress, text, style)) as page:
-                fit(recipe, data_folders(recipe), folder, lease, page, progress)
+                fit(recipe, data_folders(recipe), folder, lease, page, progress, profiling)
             tracker = page.tracker
     else:
         console.print(f"run [bold]{recipe.name}[/]: finished at step {newest.steps}; evaluating")
@@ -103,7 +105,7 @@ def _pin_data(folder: RunFolder, digests: dict[str, str]) -> None:
     folder.note(data=digests)
 
 
-def main(recipe: str, overrides: list[str], fresh: bool) -> int:
+def main(recipe: str, overrides: list[str], fresh: bool, profile: bool = False, trace: Path | None = None) -> int:
     """Runs a recipe by name; returns the exit code."""
     from mlflow.exceptions import MlflowException
 
@@ -115,7 +117,8 @@ def main(recipe: str, overrides: list[str], fresh: bool) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends like Ctrl-C: with its lease returned
     try:
-        run(load_recipe(recipe, overrides), fresh=fresh, console=console)
+        profiling = Wish(trace) if profile or trace else None
+        run(load_recipe(recipe, overrides), fresh=fresh, console=console, profiling=profiling)
     except RecipeError as error:
         return _fail(str(error), 2)
     except LeaseHeldError as error:
@@ -143,9 +146,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", required=True, help="name of a recipe, or path to a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. train.batch_size=256")
     parser.add_argument("--fresh", action="store_true", help="put the existing run aside and train anew")
+    parser.add_argument("--profile", action="store_true", help="tell at the end where a step's time went")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="the same, and a trace of a few steps for Perfetto")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     arguments = _arguments()
-    sys.exit(main(arguments.recipe, arguments.set, arguments.fresh))
+    sys.exit(main(arguments.recipe, arguments.set, arguments.fresh, arguments.profile, arguments.trace))

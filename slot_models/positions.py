@@ -20,5 +20,7 @@ def coordinates(height: int, width: int) -> Tensor:
     Returns:
         float32 [height, width, 4]: y, x, 1 - y and 1 - x, each from 0 to 1.
     """
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    return torch.stack([y, x, 1 - y, 1 - x], dim=-1)  # [H, W, 4]
+    # On the CPU first: on the meta device these few numbers would load torch._dynamo and sympy, seconds of a start.
+    ramps = (torch.linspace(0, 1, length, device="cpu") for length in (height, width))
+    y, x = torch.meshgrid(*ramps, indexing="ij")
+    return torch.stack([y, x, 1 - y, 1 - x], dim=-1).to(torch.get_default_device())  # [H, W, 4]
