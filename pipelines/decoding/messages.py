@@ -1,41 +1,32 @@
-"""What a reader and its decode workers say to each other: a value in JSON, and bytes that go with it."""
+"""What a reader and its decode workers say to each other: JSON. What they talk about lies in shared memory."""
 
 import json
 import socket
 import struct
-from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
-_LENGTHS = struct.Struct("<II")  # of the JSON, and of all that follows it
+_LENGTH = struct.Struct("<I")
 
 
-def send(connection: socket.socket, value: Any, payload: Sequence[bytes] = ()) -> None:
+def send(connection: socket.socket, value: Any) -> None:
     """Send a message whole.
 
     Raises:
         OSError: the other side is gone, or does not take it in the socket's time.
     """
     text = json.dumps(value, separators=(",", ":")).encode()
-    lengths = _LENGTHS.pack(len(text), sum(map(len, payload)))
-    parts: deque[bytes | memoryview] = deque((lengths, text, *payload))
-    while parts:
-        sent = connection.sendmsg(parts)
-        while parts and sent >= len(parts[0]):
-            sent -= len(parts.popleft())
-        if sent:
-            parts[0] = memoryview(parts[0])[sent:]
+    connection.sendall(_LENGTH.pack(len(text)) + text)
 
 
-def receive(connection: socket.socket) -> tuple[Any, memoryview]:
-    """The next message: its value and all its bytes, end to end.
+def receive(connection: socket.socket) -> Any:
+    """The value of the next message.
 
     Raises:
         EOFError: the other side has closed the connection.
         OSError: it says nothing in the socket's time.
     """
-    length, following = _LENGTHS.unpack(_exactly(connection, _LENGTHS.size))
-    return json.loads(_exactly(connection, length)), memoryview(_exactly(connection, following))
+    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+    return json.loads(_exactly(connection, length))
 
 
 def _exactly(connection: socket.socket, count: int) -> bytearray:

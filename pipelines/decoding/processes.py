@@ -1,25 +1,20 @@
 """A decoder that hands a step's samples to worker processes, a few at a time.
 
-Encoded bytes go through a socket, pixels come through memory that is shared with the workers. A worker that dies or
-stalls is replaced once by a new one, which gets the same tasks; then the stream stops.
+Encoded bytes and pixels lie in memory that is shared with the workers; a socket to each says where. A worker that dies
+or stalls is replaced once by a new one, which gets the same tasks; then the stream stops.
 """
 
 import contextlib
 import logging
-import mmap
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO
 
-import numpy as np
-from numpy.typing import NDArray
-
+from pipelines.decoding.arena import Arena
 from pipelines.decoding.decoder import Decoded, Decoding, Found, Members
 from pipelines.decoding.memory import Layout
 from pipelines.decoding.messages import receive, send
@@ -30,15 +25,50 @@ logger = logging.getLogger(__name__)
 
 _START = 60.0  # seconds that a new worker may take to import what it needs, on a busy machine
 
+_Named = list[tuple[str, int, int]] | None
+"""Where the members of a sample lie in a block: name, begin and end of each; None: it is left out."""
+
+
+class _Slot:
+    """Shared memory for a step: its pixels, and what they are decoded from."""
+
+    def __init__(self, arena: Arena, layout: Layout) -> None:
+        self._arena = arena
+        self._layout = layout
+        self.pixels = arena.block(layout.bytes)
+        self.encoded = arena.block(0)
+
+    def take(self, samples: Sequence[Members | None]) -> list[_Named]:
+        """Put samples where workers read them."""
+        needed = sum(len(data) for members in samples if members for data in members.values())
+        if needed > len(self.encoded.memory):  # twice, or it would grow with every step that is a little larger
+            self.encoded = self._arena.block(max(needed, 2 * len(self.encoded.memory)))
+        memory, end = self.encoded.memory, 0
+        listed: list[_Named] = []
+        for members in samples:
+            if members is None:
+                listed.append(None)
+                continue
+            named = []
+            for name, data in members.items():
+                begin, end = end, end + len(data)
+                memory[begin:end] = data
+                named.append((name, begin, end))
+            listed.append(named)
+        return listed
+
+    def decoded(self, found: list[Found]) -> Decoded:
+        return Decoded(*self._layout.views(self.pixels.memory), found)
+
 
 @dataclass
 class _Task:
-    """Samples that a worker has, or is to have, and the rows of a slot in shared memory where their pixels go."""
+    """Samples that a worker has, or is to have, and the slot from which they come and whose rows get their pixels."""
 
-    samples: Sequence[Members | None]
+    samples: list[_Named]
     step: int
     place: int
-    slot: int
+    slot: _Slot
     row: int
     worker: "_Worker | None" = None
     result: list[Found] | None = None
@@ -62,19 +92,20 @@ class Processes:
         # Few messages, since each wakes somebody; every worker has a part of every step.
         self._chunk = max(1, min(chunk, -(-rows // workers)))
         self._count = workers
-        self._arena = _Arena(Layout(rows, decoding.size, decoding.with_masks))
+        self._arena, self._layout = Arena(), Layout(rows, decoding.size, decoding.with_masks)
         self._workers: list[_Worker] = []
-        self._submitted: deque[tuple[int, list[_Task]]] = deque()
-        self._taken: deque[tuple[int, list[_Task]]] = deque()
-        self._free: list[int] = []
+        self._submitted: deque[tuple[_Slot, list[_Task]]] = deque()
+        self._taken: deque[tuple[_Slot, list[_Task]]] = deque()
+        self._free: list[_Slot] = []
 
     def submit(self, samples: Sequence[Members | None], step: int, place: int) -> None:
         if not self._workers:
             self._workers = [self._started() for _ in range(self._count)]
-        slot = self._free.pop() if self._free else self._arena.more()
+        slot = self._free.pop() if self._free else _Slot(self._arena, self._layout)
+        listed = slot.take(samples)
         tasks = [
-            _Task(samples[row : row + self._chunk], step, place + row, slot, row)
-            for row in range(0, len(samples), self._chunk)
+            _Task(listed[row : row + self._chunk], step, place + row, slot, row)
+            for row in range(0, len(listed), self._chunk)
         ]
         self._submitted.append((slot, tasks))
         for task in tasks:  # all at once: a worker must not wait for us to come by
@@ -88,7 +119,7 @@ class Processes:
             while task.result is None:
                 self._collect(task)
             found += task.result
-        return Decoded(*self._arena.views(slot), found)
+        return slot.decoded(found)
 
     def release(self) -> None:
         self._free.append(self._taken.popleft()[0])
@@ -163,16 +194,13 @@ class _Worker:
 
     def send(self, task: _Task, timeout: float) -> None:
         self._connection.settimeout(timeout)  # one that has stopped reading must not block us for ever
-        names = [
-            None if members is None else [(name, len(data)) for name, data in members.items()]
-            for members in task.samples
-        ]
-        content = [data for members in task.samples if members for data in members.values()]
-        send(self._connection, (task.slot, task.row, task.step, task.place, names), content)
+        encoded = task.slot.encoded
+        where = (task.slot.pixels.offset, encoded.offset, len(encoded.memory), task.row)
+        send(self._connection, (*where, task.step, task.place, task.samples))
 
     def receive(self, timeout: float) -> list[Found]:
         self._connection.settimeout(timeout if self._answered else timeout + _START)
-        found: list[Found] = receive(self._connection)[0]
+        found: list[Found] = receive(self._connection)
         self._answered = True
         return found
 
@@ -185,27 +213,3 @@ class _Worker:
             return self.process.wait(0.2)  # without us it ends by itself
         self.process.kill()
         return self.process.wait()
-
-
-class _Arena:
-    """Memory shared with the workers: slots, each for a step's pixels; it grows and never moves."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        # Not in /dev/shm, which containers often limit to 64 MB.
-        memory = os.memfd_create("decoded") if hasattr(os, "memfd_create") else None
-        self._file: IO[bytes] = tempfile.TemporaryFile() if memory is None else os.fdopen(memory, "r+b")  # noqa: SIM115 held
-        self._slots: list[mmap.mmap] = []
-
-    @property
-    def descriptor(self) -> int:
-        return self._file.fileno()
-
-    def more(self) -> int:
-        each = self._layout.bytes
-        self._file.truncate((len(self._slots) + 1) * each)
-        self._slots.append(mmap.mmap(self.descriptor, each, offset=len(self._slots) * each))
-        return len(self._slots) - 1
-
-    def views(self, slot: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-        return self._layout.views(self._slots[slot])

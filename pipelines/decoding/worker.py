@@ -2,22 +2,21 @@
 
     python -c PROGRAM socket arena rows decoding
 
-It takes messages [slot, row, step, place, [[[name, length], ...] or null, ...]], each with the bytes of those members,
-writes pixels into rows of a slot of the arena, and answers what it found in each sample.
+It takes messages [pixels, encoded, bytes, row, step, place, [[[name, begin, end], ...] or null, ...]]: a block of the
+arena for pixels and one of so many bytes that holds the samples' members. It writes pixels into rows of the one, from
+`row` on, and answers what it found in each sample.
 """
 
 import contextlib
 import mmap
-import queue
 import signal
 import socket
-import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.decoding.arena import mapped
 from pipelines.decoding.decoder import Decoding, Members
 from pipelines.decoding.memory import Layout
 from pipelines.decoding.messages import receive, send
@@ -27,43 +26,25 @@ PROGRAM = (
     "from pipelines.decoding.worker import work; work(*sys.argv[1:])"
 )
 
-Message = tuple[Any, memoryview]
-
 
 def work(descriptor: str, arena: str, rows: str, text: str) -> None:
     """Decode what comes, until the socket is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the reader's to handle
-    connection, decoding = socket.socket(fileno=int(descriptor)), Decoding.of(text)
+    decoding = Decoding.of(text)
     layout = Layout(int(rows), decoding.size, decoding.with_masks)
-    slots: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint16]]] = {}
-    # The next message is received while one is done: the reader never waits for room in the socket.
-    messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, messages), daemon=True).start()
-    while (message := messages.get()) is not None:
-        (slot, row, step, place, names), content = message
-        if slot not in slots:
-            slots[slot] = layout.views(mmap.mmap(int(arena), layout.bytes, offset=slot * layout.bytes))
-        images, masks = slots[slot]
-        found = decoding.fill_rows(_members(names, content), step, place, images[row:], masks[row:])
-        with contextlib.suppress(OSError):
-            send(connection, found)
-
-
-def _members(names: list[list[tuple[str, int]] | None], content: memoryview) -> list[Members | None]:
-    begin = 0
-    samples: list[Members | None] = []
-    for sample in names:
-        members = {}
-        for name, length in sample or ():
-            members[name] = bytes(content[begin : begin + length])
-            begin += length
-        samples.append(None if sample is None else members)
-    return samples
-
-
-def _receive(connection: socket.socket, messages: "queue.SimpleQueue[Message | None]") -> None:
-    try:
+    pixels: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint16]]] = {}  # by where their block begins
+    contents: dict[int, mmap.mmap] = {}
+    with socket.socket(fileno=int(descriptor)) as connection, contextlib.suppress(EOFError, OSError):
         while True:
-            messages.put(receive(connection))
-    except (EOFError, OSError):
-        messages.put(None)
+            block, encoded, size, row, step, place, samples = receive(connection)
+            if block not in pixels:
+                pixels[block] = layout.views(mapped(int(arena), block, layout.bytes))
+            if encoded not in contents:
+                contents[encoded] = mapped(int(arena), encoded, size)
+            images, masks = pixels[block]
+            members = _members(samples, contents[encoded])
+            send(connection, decoding.fill_rows(members, step, place, images[row:], masks[row:]))
+
+
+def _members(samples: list[list[tuple[str, int, int]] | None], content: mmap.mmap) -> list[Members | None]:
+    return [None if sample is None else {name: content[begin:end] for name, begin, end in sample} for sample in samples]
