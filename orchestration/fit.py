@@ -22,10 +22,9 @@ from orchestration.profiling.profile import TRACED_STEPS, WARM_STEPS, StepProfil
 from orchestration.profiling.show import Wish, profile_table, write_trace
 from orchestration.rank import FINAL_ERRORS, train_rank
 from orchestration.recipe import Recipe, state_home
-from orchestration.runs.checkpoints import committed
 from orchestration.runs.folder import RunFolder
 from orchestration.terminal import tell
-from orchestration.tracking.page import Page
+from orchestration.tracking.page import Page, newest_step
 from orchestration.tracking.provenance import machines
 
 POLL_SECONDS = 0.5
@@ -58,7 +57,7 @@ def fit(
     mailbox = open_mailbox(folder.facts.get("micro_batch"))
     training = _Training(_trainer(recipe, data, folder, lease, mailbox, profiling))
     watch = _Watch(mailbox, training, folder, page, progress, recipe.train.steps, profiling)
-    page.begins(_newest_step(folder), machines())
+    page.begins(newest_step(folder), machines())
     try:
         training.start()
         try:
@@ -78,7 +77,7 @@ def fit(
     except (KeyboardInterrupt, TrainingError) as stop:
         page.close("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
         if isinstance(stop, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"the newest checkpoint is of step {_newest_step(folder)}") from None
+            raise KeyboardInterrupt(f"the newest checkpoint is of step {newest_step(folder)}") from None
         raise
     watch.close()
     if not page.close("FINISHED"):
@@ -236,7 +235,3 @@ class _Watch:
 
     def _say(self, text: str, style: str) -> None:
         tell(self._progress, text, style)
-
-
-def _newest_step(folder: RunFolder) -> int:
-    return max((checkpoint.steps for checkpoint in committed(folder.checkpoints)), default=0)

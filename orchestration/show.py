@@ -4,7 +4,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from orchestration.runs.checkpoints import newest_valid
 from orchestration.runs.folder import RunFolder
 from orchestration.terminal import new_progress
 from orchestration.tracking import Tracker
+from orchestration.tracking.description import describe
 
 PICTURED = 6  # scenes in the picture
 PLOTTED = ("loss/reconstruction", "eval/fg_ari", "slots/kept_mean", "slots/count_error")
@@ -54,7 +54,13 @@ def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, cons
     for path in sorted(pictures.glob("*.png")):
         tracker.client.log_artifact(tracker.run_id, str(path), "pictures")
 
-    console.print(_table(recipe, evaluation, tracker, registered, pictures))
+    outcome = _outcome(recipe, evaluation, tracker, registered)
+    describe(tracker, recipe, outcome)
+    table = Table(title=f"{recipe.name} after {recipe.train.steps} steps", show_header=False, title_justify="left")
+    mine = {"MLflow run": f"{tracker.run_name} ({tracker.run_id})", "pictures": str(pictures)}
+    for row in (outcome | mine).items():
+        table.add_row(*row)
+    console.print(table)
     _print_commands(console, tracker, registered)
 
 
@@ -65,38 +71,27 @@ def _first_images(recipe: Recipe, data: Data) -> NDArray[np.uint8]:
     return ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()  # [N, H, W, 3]
 
 
-def _table(recipe: Recipe, evaluation: Evaluation, tracker: Tracker, registered: Decision, pictures: Path) -> Table:
-    table = Table(title=f"{recipe.name} after {recipe.train.steps} steps", show_header=False, title_justify="left")
-    rows: list[tuple[str, Any]] = []
+def _outcome(recipe: Recipe, evaluation: Evaluation, tracker: Tracker, registered: Decision) -> dict[str, str]:
+    rows = {}
     if evaluation.fg_ari is not None:
-        rows.append((f"FG-ARI on {evaluation.images} held-out scenes", f"{evaluation.fg_ari:.3f}"))
+        rows[f"FG-ARI on {evaluation.images} held-out scenes"] = f"{evaluation.fg_ari:.3f}"
         overlaps = (evaluation.means[name] for name in ("mbo", "miou", "corloc") if name in evaluation.means)
-        rows.append(("mBO, mIoU, CorLoc", ", ".join(f"{overlap:.3f}" for overlap in overlaps)))
+        rows["mBO, mIoU, CorLoc"] = ", ".join(f"{overlap:.3f}" for overlap in overlaps)
+    else:
+        rows[f"reconstruction of {evaluation.images} held-out images"] = f"{evaluation.reconstruction:.3g}"
     counts = evaluation.counts
     if counts is not None:
-        rows += [
-            (
-                "objects against kept slots",
-                f"mean error {counts.mean_absolute_error:.2f} (best constant {counts.best_constant_error:.2f}), "
-                f"correlation {counts.correlation:.2f}, exactly right {counts.accuracy:.0%}",
-            ),
-            ("kept slots by objects", _counts_line(evaluation)),
-        ]
+        rows["objects against kept slots"] = (
+            f"mean error {counts.mean_absolute_error:.2f} (best constant {counts.best_constant_error:.2f}), "
+            f"correlation {counts.correlation:.2f}, exactly right {counts.accuracy:.0%}"
+        )
+        rows["kept slots by objects"] = _counts_line(evaluation)
     seconds, waited = ([v for _, v in tracker.points(name)] for name in ("time/step", "time/data_wait"))
     if seconds:
-        rows += [
-            ("training speed", f"{recipe.train.batch_size / float(np.median(seconds)):.0f} images/s"),
-            ("waiting for data", f"{sum(waited) / sum(seconds):.1%} of the time"),
-        ]
+        rows["training speed"] = f"{recipe.train.batch_size / float(np.median(seconds)):.0f} images/s"
+        rows["waiting for data"] = f"{sum(waited) / sum(seconds):.1%} of the time"
     gate = "champion" if registered.champion else f"not champion: {registered.reason}"
-    rows += [
-        ("MLflow run", f"{tracker.run_name} ({tracker.run_id})"),
-        ("model", f"{registered.name} version {registered.version}, {gate}"),
-        ("pictures", str(pictures)),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return {**rows, "registered": f"{registered.name} version {registered.version}, {gate}"}
 
 
 def _counts_line(evaluation: Evaluation) -> str:
@@ -110,8 +105,10 @@ def _counts_line(evaluation: Evaluation) -> str:
 def _print_commands(console: Console, tracker: Tracker, registered: Decision) -> None:
     uri = shlex.quote(tracker.uri)
     programs = os.path.relpath(Path(sys.executable).parent)
-    console.print("\nSee the curves:", style="bold")
-    console.print(f"  {programs}/mlflow ui --backend-store-uri {uri}", soft_wrap=True, highlight=False)
+    console.print("\nSee the run's page:", style="bold")
+    if not tracker.uri.startswith("http"):
+        console.print(f"  {programs}/mlflow ui --backend-store-uri {uri}", soft_wrap=True, highlight=False)
+    console.print(f"  {tracker.page}", soft_wrap=True, highlight=False)
     console.print("Find the objects in an image of your own:", style="bold")
     console.print(
         f"  {programs}/slotforge predict IMAGE.png --model {registered.uri} --tracking-uri {uri}",

@@ -7,7 +7,9 @@ from typing import Any, Literal, Self
 from orchestration.events import Event, EventLog, Kind
 from orchestration.node_metrics import Sample
 from orchestration.recipe import Recipe
+from orchestration.runs.checkpoints import committed
 from orchestration.runs.folder import RunFolder
+from orchestration.tracking.description import Description
 from orchestration.tracking.estimate import Estimate
 from orchestration.tracking.gallery import Gallery
 from orchestration.tracking.happenings import Happenings
@@ -27,11 +29,14 @@ class Page:
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str, str], None]) -> None:
-        self._say = say
+        self._folder, self._say = folder, say
         self._log, self._gallery = EventLog(folder.storage), Gallery(folder.path / "pictures")
         self._nodes, self._code = Nodes(), code()
         self._provenance = Provenance(recipe, folder.facts["data"], self._code)
-        cargoes: list[Cargo] = [Happenings(self._log), self._provenance, self._gallery, self._nodes, Estimate(recipe)]
+        cargoes: list[Cargo] = [
+            *(Happenings(self._log), self._provenance, self._gallery, Description(recipe)),
+            *(self._nodes, Estimate(recipe)),
+        ]
         self._sender = Sender(lambda: Tracker(recipe, folder), cargoes, say)
         self._step, self._closed = 0, False
 
@@ -81,6 +86,11 @@ class Page:
         """Sends the rest; whether all of it has arrived. See Sender."""
         self._closed = True
         kind: Kind = "end" if end == "FINISHED" else "stop"
-        self.happened(Event(time.time(), kind, end.lower(), self._step))
+        self.happened(Event(time.time(), kind, end.lower(), max(self._step, newest_step(self._folder))))
         self._gallery.finish()
         return self._sender.close(end, seconds, patient=end == "FINISHED")
+
+
+def newest_step(folder: RunFolder) -> int:
+    """Steps that are done and saved."""
+    return max((checkpoint.steps for checkpoint in committed(folder.checkpoints)), default=0)

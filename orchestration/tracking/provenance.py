@@ -13,7 +13,6 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from orchestration.assembly import sources_of
-from orchestration.planning.cost import ModelSize
 from orchestration.planning.measure import model_size
 from orchestration.prepare import data_folders
 from orchestration.recipe import Recipe
@@ -142,7 +141,6 @@ class Provenance:
         if self._code.commit:
             client.set_tag(run, "mlflow.source.git.commit", self._code.commit)
         client.set_tag(run, "mlflow.source.name", "slotforge train")
-        client.set_tag(run, "mlflow.note.content", _description(self._recipe, indices, self._size, self._code))
 
 
 def _dataset(name: str, place: Place, index: Index, digest: str) -> Dataset:
@@ -168,23 +166,3 @@ def _cpu() -> str:
     except OSError:
         return "unknown"
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _description(recipe: Recipe, indices: Mapping[str, Index], size: ModelSize, code: Code) -> str:
-    model, train = recipe.model, recipe.train
-    decides = "a gate" if model.gate is not None else "a codebook" if model.codebook is not None else "nobody"
-    rows = {
-        "data": f"{indices['train'].num_samples} images, {indices['eval'].num_samples} held out",
-        "model": f"{model.num_slots} slots ({decides} decides which are kept), images of {model.image_size} x "
-        f"{model.image_size}, {size.parameters:,} parameters",
-        "training": f"{train.steps} steps of {train.batch_size} images, seed {recipe.seed}",
-        "code": str(code),
-    }
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
-    return (
-        f"{table}\n\n"
-        "Held-out metrics are `eval/`, how the slots are used is `slots/`. Image charts: `scenes` (kept slots have a "
-        "frame), `attention` by iteration, `counts` of kept slots against objects. Artifacts: `events.jsonl` "
-        "(restarts, resizes, warnings), `provenance/`, and `recipe.yaml`, with which "
-        "`slotforge train recipe.yaml --set name=again` does it again.\n"
-    )

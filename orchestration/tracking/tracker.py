@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that one log_batch takes
 KEY = "slotforge.key"  # a tag: of one run folder alone
 IMAGES = "images"  # where MLflow keeps pictures of steps, as <key>+step+<step>+...
+PICTURES = "pictures"  # where the newest are, by their keys
 
 
 class Tracker:
@@ -56,6 +57,13 @@ class Tracker:
     @property
     def run_name(self) -> str:
         return str(self.client.get_run(self.run_id).info.run_name)
+
+    @property
+    def page(self) -> str:
+        """Where a browser finds the run: on the server, or on the one that ``mlflow ui`` starts for a store."""
+        server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        return f"{server}/#/experiments/{experiment}/runs/{self.run_id}?workflowType=machine_learning"
 
     def send_committed(self) -> None:
         """Sends the points of new checkpoints, then deletes checkpoints that are no longer needed."""
@@ -109,14 +117,25 @@ class Tracker:
         self.send([(name, value, when, step) for name, value in metrics.items()])
 
     def picture(self, key: str, step: int, image: Image) -> None:
-        """A picture of a step, for MLflow's image charts; not sent where there is one."""
+        """A picture of a step, for MLflow's image charts, and the newest as an artifact too. Not sent twice."""
+        there = self._pictures_there()
+        if (key, step) in there:
+            return
+        if all(newest < step for name, newest in there if name == key):
+            self.client.log_image(self.run_id, image, f"{PICTURES}/{key}.png")
+        self.client.log_image(self.run_id, image, key=key, step=step)
+        there.add((key, step))
+
+    def pictured(self) -> list[str]:
+        """The keys of the pictures that are there, in the order of their names."""
+        return sorted({key for key, _ in self._pictures_there()})
+
+    def _pictures_there(self) -> set[tuple[str, int]]:
         if self._pictures is None:
             names = [entry.path.rpartition("/")[2] for entry in self.client.list_artifacts(self.run_id, IMAGES)]
             found = (re.fullmatch(r"(.+?)\+step\+(\d+)\+.*compressed\.webp", name) for name in names)
             self._pictures = {(match[1], int(match[2])) for match in found if match}  # the last file of a picture
-        if (key, step) not in self._pictures:
-            self.client.log_image(self.run_id, image, key=key, step=step)
-            self._pictures.add((key, step))
+        return self._pictures
 
     def tag(self, **tags: str) -> None:
         """Sets tags, by their names without the prefix of ours."""
