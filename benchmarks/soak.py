@@ -51,7 +51,13 @@ def soak(home: Path, seconds: float, chance: random.Random) -> str:
     """Runs, disturbs and checks; returns the words for BENCHMARKS.md."""
     ledger = home / "ledger"
     steps = round(seconds / STEP_SECONDS)
-    changes = (f"train.steps={steps}", "train.checkpoint_every=null", f"data.ledger={ledger}", "evaluate.every=100000")
+    changes = (
+        f"train.steps={steps}",
+        "train.checkpoint_every=null",
+        f"train.mtbf_hours={2 * EVERY_SECONDS / 3600}",  # of one of two nodes
+        f"data.ledger={ledger}",
+        "evaluate.every=100000",
+    )
     run = Run(home, "soak", changes)
     faults: Counter[str] = Counter()
     output: list[str] = []
