@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from orchestration.recipe import Recipe, RecipeError, state_home
 
@@ -22,19 +22,26 @@ def store_uri(uri: str | None, field: str = "--tracking-uri") -> str:
         field: that it stands in, for the error.
 
     Raises:
-        RecipeError: it is relative, or holds a password.
+        RecipeError: it is relative, or holds a password or a token.
     """
     if uri is None:
         uri, field = os.environ.get(VARIABLE), VARIABLE
     if not uri:
         state_home().mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{state_home() / 'mlflow.db'}"
-    if urlsplit(uri).password:
+    if _holds_a_secret(uri):
         raise RecipeError(
-            f"{field}: it holds a password, which would be noted with the run; set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD in the environment"
+            f"{field}: it holds a password or a token, which would be noted with the run; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
         )
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         path = uri.removeprefix("sqlite:///")
         raise RecipeError(f"{field}: {uri!r} is relative; write sqlite:///{Path(path).absolute()}")
     return uri
+
+
+def _holds_a_secret(uri: str) -> bool:
+    parts = urlsplit(uri)
+    return bool(parts.password) or any(
+        word in name.lower() for name in parse_qs(parts.query) for word in ("password", "passwd", "token", "secret")
+    )
