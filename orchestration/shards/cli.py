@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -154,7 +154,7 @@ def verify(
                 found += 1
                 Console(stderr=True, soft_wrap=True).print(problem, style="red", highlight=False, markup=False)
     if found:
-        fail(f"{folder}: {found} problems", 1)
+        fail(f"{folder}: {found} problem{'s' if found > 1 else ''}", 1)
     say(f"{_rate(known.num_samples, clock)}, {folder}: every shard is whole")
 
 
@@ -207,7 +207,12 @@ def _spread(local: bool) -> Iterator[tuple["Spread", int]]:
     from orchestration.clusters.capacity import cluster_capacity
     from orchestration.clusters.connection import ray_cluster
 
-    with ray_cluster(workers=2):  # at least
+    with ExitStack() as stack:
+        with console.status("starting Ray"):
+            try:
+                stack.enter_context(ray_cluster(workers=2))  # at least
+            except Exception as error:  # what Ray raises where it cannot start has no type of its own
+                fail(f"Ray did not start ({error}); try again when the machine has less to do, or add --local", 1)
         yield over_ray, max(1, min(_MOST_READERS, int(cluster_capacity().cpus)))
 
 

@@ -48,7 +48,7 @@ def test_a_set_is_made_verified_damaged_and_looked_at(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     broken = run("verify", tmp_path / "t" / "train", "--local")
     assert broken.exit_code == 1 and "000001.tar" in broken.output and "bytes, the index says" in broken.output
-    assert "1 problem" in broken.output
+    assert broken.output.endswith("1 problem\n")
     path.unlink()
     assert run("verify", tmp_path / "t" / "eval", "--local").exit_code == 0
     assert run("verify", tmp_path / "nowhere", "--local").exit_code == 1
@@ -107,6 +107,15 @@ def test_wrong_words_exit_with_2_and_a_sentence(tmp_path: Path, words: tuple[str
 @pytest.mark.parametrize("command", ["make", "ingest", "index", "verify", "preview"])
 def test_every_command_teaches_by_an_example(command: str) -> None:
     assert f"slotforge shards {command}" in run(command, "--help").output.replace("\n ", "")
+
+
+def test_a_ray_that_does_not_start_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(workers: int) -> None:
+        raise Exception("The current node timed out during startup")
+
+    monkeypatch.setattr("orchestration.clusters.connection.ray_cluster", late)
+    result = run("make", "tetrominoes", tmp_path)
+    assert result.exit_code == 1 and "timed out during startup" in result.output and "--local" in result.output
 
 
 def test_ray_makes_the_same_bytes_and_tells_what_is_bad(tmp_path: Path) -> None:
