@@ -4,7 +4,6 @@ Everything here is a pure function; what is random takes its noise as an argumen
 tensors needs torch, and imports it itself.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -189,12 +188,10 @@ def to_model(pixels: NDArray[np.uint8], memory: NDArray[np.float32] | None = Non
     import torch
 
     images = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32) if memory is None else memory
-    scaled = np.empty((math.prod(images.shape[2:]), 3), dtype=np.float32)  # [H * W, 3]
-    for image, channels in zip(pixels, images, strict=True):  # image by image, while it is in the cache
-        np.copyto(scaled, image.reshape(scaled.shape))
+    for image, scaled in zip(pixels, images, strict=True):  # image by image, while it is in the cache
+        np.copyto(scaled, image.transpose(2, 0, 1))
         np.divide(scaled, np.float32(127.5), out=scaled)
         np.subtract(scaled, np.float32(1), out=scaled)
-        np.copyto(channels.reshape(3, -1), scaled.T)
     return torch.from_numpy(images)
 
 
