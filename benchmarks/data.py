@@ -1,8 +1,10 @@
 """How fast samples come, side by side on the same shards: python benchmarks/data.py [--write]
 
     read            the shards' bytes through the page cache, one process
-    decode          samples held in memory, decoded by each process on its own, by the stream's decoder, into the rows
+    decode          images held in memory, decoded by each process on its own, by the stream's codecs, into the rows
                     of a batch: the ceiling, whose pixels stay uint8 and where they are
+    decode beside   the same while this process converts batches without a pause: what cores of this machine take from
+                    each other, where they share caches or are threads of one
     convert         one loop that decodes a batch like that and turns it into float32, as a model on a CPU takes it
     stream          pipelines.stream: plan, windows, decode workers, micro batches in order
     webdataset      a DataLoader over webdataset with a shuffle buffer of as many samples as the stream's windows hold
@@ -15,13 +17,15 @@ process and of the processes that it starts, tells more than rates where the mac
 readers take turns, so that what else the machine does hits all alike; rates need as many idle cores as processes, and
 one more.
 
-The last two pin other versions of what slotforge uses: put them beside it with
+The last two pin other versions of what slotforge uses: put them into a folder of their own with
 
-    pip install --no-deps mosaicml-streaming litdata lightning-utilities obstore tifffile brotli zstd python-snappy \\
-        cramjam xxhash catalogue torchvision transformers huggingface_hub tokenizers
+    pip install --no-deps --target OTHERS mosaicml-streaming litdata lightning-utilities obstore tifffile brotli zstd \\
+        python-snappy cramjam xxhash catalogue "transformers<5" "huggingface_hub<1" tokenizers==0.22.2
+    PYTHONPATH=OTHERS OMP_NUM_THREADS=1 python benchmarks/data.py --processes 1 --repeats 5 --write
 
-Beside a CPU build of torch the torchvision on PyPI does not load: mosaic then wants a folder on PYTHONPATH with an
-empty torchvision in it.
+Beside a CPU build of torch the torchvision on PyPI does not load, and mosaic only takes names from it: put a folder
+before OTHERS with torchvision/datasets.py (`class VisionDataset: pass`) and torchvision/transforms/functional.py
+(`to_tensor = None`).
 """
 
 import argparse
@@ -47,9 +51,8 @@ import torch
 from PIL import Image
 
 from benchmarks.page import write
-from pipelines import Plan, read_index, write_index, write_shard
+from pipelines import Plan, codecs, read_index, write_index, write_shard
 from pipelines.decoding.memory import Layout
-from pipelines.samples import decode
 from pipelines.stream import Stream
 from pipelines.transforms import to_model
 
@@ -57,11 +60,11 @@ SHARDS, PER_SHARD, BATCH, LANES, WINDOW, WARM = 24, 250, 64, 8, 2, 8
 PACKAGES = {"mosaic": "streaming", "litdata": "litdata"}
 
 NOTES = """\
-`decode` is the ceiling: what as many processes decode that do nothing else. A reader's rate beside it says what its own
-work costs where this process has a core to itself, and the last column what an image costs on all cores together, to be
-held against `convert`, the least that a model on a CPU pays. To a GPU the stream sends uint8 and converts there.
-`decode`, `convert` and `stream` decode with simplejpeg and imagecodecs, the others with Pillow, which is what they come
-with: part of the lead is the codec."""
+`decode` is the ceiling: what as many processes decode that do nothing else on an idle machine. `decode beside` is the
+same while one more core is as busy as the stream's own process is: what a core gives less when its neighbours work.
+The last column tells what an image costs on all cores together, to be held against `convert`, the least that a model
+on a CPU pays. To a GPU the stream sends uint8 and converts there. `decode`, `convert` and `stream` decode with
+simplejpeg and imagecodecs, the others with Pillow, which is what they come with: part of the lead is the codec."""
 
 
 @dataclass(frozen=True)
@@ -117,44 +120,49 @@ def read(folder: Path) -> Turn:
     return Turn(SHARDS * PER_SHARD, time.perf_counter() - start, time.process_time() - busy, 0.0)
 
 
-def batches_in_memory(images: list[bytes], format: str) -> Iterator[np.ndarray]:
-    """Batches decoded by the stream's decoder into memory as the stream has it, uint8 [G, H, W, 3]."""
-    height, width, _ = decode({f"image.{format}": images[0]}, with_masks=False).image.shape
+def batches_in_memory(images: list[bytes]) -> Iterator[np.ndarray]:
+    """Batches decoded by the stream's codecs into memory as the stream has it, uint8 [G, H, W, 3]."""
+    height, width, _ = codecs.rgb(images[0]).shape
     layout = Layout(BATCH, (height, width), with_masks=False)
     rows, _ = layout.views(mmap.mmap(-1, layout.bytes))
     for first in range(0, len(images), BATCH):
         batch = images[first : first + BATCH]
         for image, row in zip(batch, rows, strict=False):
-            decode({f"image.{format}": image}, with_masks=False, out=row)
+            codecs.rgb(image, row)
         yield rows[: len(batch)]
 
 
-def _decode(images: list[bytes], format: str, barrier: Any, results: Any) -> None:
+def _decode(images: list[bytes], barrier: Any, results: Any) -> None:
     barrier.wait()
     start, busy = time.perf_counter(), time.process_time()
-    for _ in batches_in_memory(images, format):
+    for _ in batches_in_memory(images):
         pass
     results.put((time.perf_counter() - start, time.process_time() - busy))
 
 
-def convert(images: list[bytes], format: str) -> Turn:
-    memory = to_model(np.zeros_like(next(batches_in_memory(images, format)))).numpy()
+def convert(images: list[bytes]) -> Turn:
+    memory = to_model(np.zeros_like(next(batches_in_memory(images)))).numpy()
     start, busy = time.perf_counter(), time.process_time()
-    for batch in batches_in_memory(images, format):
+    for batch in batches_in_memory(images):
         to_model(batch, memory[: len(batch)])
     return Turn(len(images), time.perf_counter() - start, time.process_time() - busy, 0.0)
 
 
-def decode_only(images: list[bytes], format: str, processes: int) -> Turn:
+def decode_only(images: list[bytes], processes: int, beside: bool = False) -> Turn:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(processes), context.Queue()
     each = len(images) // processes
     workers = [
-        context.Process(target=_decode, args=(images[i * each : (i + 1) * each], format, barrier, results))
+        context.Process(target=_decode, args=(images[i * each : (i + 1) * each], barrier, results))
         for i in range(processes)
     ]
     for worker in workers:
         worker.start()
+    if beside:
+        pixels = next(batches_in_memory(images[:BATCH]))
+        memory = to_model(pixels).numpy()
+        while any(worker.is_alive() for worker in workers):
+            to_model(pixels, memory)
     taken = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
@@ -202,7 +210,7 @@ def by_pillow(data: bytes) -> torch.Tensor:
         return to_model(np.asarray(image.convert("RGB"))[None])[0]
 
 
-def mosaic(folder: Path, images: list[bytes], format: str, processes: int) -> Turn:
+def mosaic(folder: Path, images: list[bytes], processes: int) -> Turn:
     from streaming import MDSWriter, StreamingDataset
 
     place = folder / "mosaic"
@@ -221,7 +229,7 @@ def mosaic(folder: Path, images: list[bytes], format: str, processes: int) -> Tu
     )
 
 
-def litdata(folder: Path, images: list[bytes], format: str, processes: int) -> Turn:
+def litdata(folder: Path, images: list[bytes], processes: int) -> Turn:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.writer import BinaryWriter
 
@@ -253,8 +261,9 @@ def measured(format: str, side: int, processes: int, repeats: int) -> tuple[dict
         images = written(folder, format, side)
         readers: dict[str, Callable[[], Turn]] = {
             "read": lambda: read(folder),
-            "decode": lambda: decode_only(images, format, processes),
-            "convert": lambda: convert(images, format),
+            "decode": lambda: decode_only(images, processes),
+            "decode beside": lambda: decode_only(images, processes, beside=True),
+            "convert": lambda: convert(images),
             "stream": lambda: stream(folder, processes),
             "webdataset": lambda: webdataset(folder, processes),
         }
@@ -264,7 +273,7 @@ def measured(format: str, side: int, processes: int, repeats: int) -> tuple[dict
             except (ImportError, RuntimeError) as error:  # torchvision raises the latter
                 print(f"{reader.__name__} is left out: {error}", flush=True)
             else:
-                readers[reader.__name__] = lambda reader=reader: reader(folder, images, format, processes)
+                readers[reader.__name__] = lambda reader=reader: reader(folder, images, processes)
         turns: dict[str, list[Turn]] = {reader: [] for reader in readers}
         for _ in range(repeats):
             for reader, turn in readers.items():

@@ -10,8 +10,7 @@ Decoding is a pure function of the members' bytes: a sample that fails once fail
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +29,7 @@ class BadSample(ValueError):
     """A sample that can never be used; the message says why."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A decoded sample.
 
     Fields:
