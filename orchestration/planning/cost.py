@@ -21,11 +21,14 @@ class ModelSize:
         parameters: all of them.
         trained: those that the optimizer has.
         buffer_bytes: persistent buffers, such as a codebook.
+        tensors: of what is trained; ``large`` of its values are in tensors that ZeRO-3 does not keep gathered.
     """
 
     parameters: int
     trained: int
     buffer_bytes: int
+    tensors: int = 0
+    large: int = 0
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -14,6 +14,7 @@ from orchestration.assembly import build_model
 from orchestration.data_section import ScenesSection
 from orchestration.engine import PlainEngine
 from orchestration.planning.cost import ModelSize
+from orchestration.planning.scaling import PERSISTENT
 from orchestration.recipe import Recipe, RecipeError
 from orchestration.schedule import Schedule
 from orchestration.worker import StepReport, reconstruction_error, train
@@ -45,9 +46,12 @@ def model_size(recipe: Recipe) -> ModelSize:
         raise RecipeError(f"model: {error}") from error
     parameters = list(module.parameters())
     persistent = module.state_dict().keys()
+    trained = [parameter.numel() for parameter in parameters if parameter.requires_grad]
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in parameters),
-        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        trained=sum(trained),
+        tensors=len(trained),
+        large=sum(values for values in trained if values >= PERSISTENT),
         buffer_bytes=sum(
             buffer.numel() * buffer.element_size() for name, buffer in module.named_buffers() if name in persistent
         ),

@@ -13,12 +13,14 @@ from rich.table import Table
 from orchestration.assembly import sources_of
 from orchestration.planning.cost import STAGES, ModelSize, WorldPlan, world_plans, worlds
 from orchestration.planning.measure import StepTime, activation_bytes, model_size, scene_bytes, step_time
+from orchestration.planning.scaling import Network, Observation, Scale, fitted, scales
 from orchestration.prepare import data_folders, is_prepared
 from orchestration.recipe import Recipe, RecipeError
 from pipelines import DataError, Sources, micro_batches, read_index
 from pipelines.sets import Sets, mixture
 
 MEASURE_SECONDS = 20.0
+SHOWN = (1, 2, 8, 64, 512)
 GPU_OVERHEAD = "CUDA's context and kernels' workspaces (about 1 GB) come on top"
 
 
@@ -32,6 +34,8 @@ class Assumptions:
         measure: a step on this machine's CPU, if no time is given.
         disk_mb_per_second: that one rank writes.
         price_per_hour: of one worker's machine.
+        observed: (workers, global batch, seconds of a step) of small runs, for what more workers would do.
+        network_gbit, latency_us: of the network, where no run had a second worker.
     """
 
     step_seconds: float | None = None
@@ -39,10 +43,13 @@ class Assumptions:
     measure: bool = True
     disk_mb_per_second: float = 200.0
     price_per_hour: float | None = None
+    observed: tuple[tuple[int, int, float], ...] = ()
+    network_gbit: float = 10.0
+    latency_us: float = 30.0
 
     def check(self) -> None:
         """Raises: RecipeError, a number is out of range."""
-        for name in ("step_seconds", "step_workers", "disk_mb_per_second"):
+        for name in ("step_seconds", "step_workers", "disk_mb_per_second", "network_gbit", "latency_us"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise RecipeError(f"--{name.replace('_', '-')}: {value} is not above 0; give a positive number")
@@ -84,6 +91,7 @@ class RunPlan:
     checkpoint_bytes: int
     steps: int
     batch_size: int
+    micro_batch: int
     checkpoint_every: int | None
     mtbf_hours: float
     zero_stage: int
@@ -91,6 +99,7 @@ class RunPlan:
     activations_per_sample: float
     timing: str
     worlds: tuple[WorldPlan, ...]
+    scales: tuple[Scale, ...]
 
 
 def plan_run(recipe: Recipe, given: Assumptions) -> RunPlan:
@@ -123,6 +132,7 @@ def plan_run(recipe: Recipe, given: Assumptions) -> RunPlan:
         checkpoint_bytes=size.checkpoint_bytes,
         steps=train.steps,
         batch_size=train.batch_size,
+        micro_batch=train.micro_batch,
         checkpoint_every=train.checkpoint_every,
         mtbf_hours=train.mtbf_hours,
         zero_stage=recipe.parallel.zero_stage,
@@ -130,6 +140,7 @@ def plan_run(recipe: Recipe, given: Assumptions) -> RunPlan:
         activations_per_sample=activations[1],
         timing=timing,
         worlds=tuple(plans),
+        scales=tuple(_scales(recipe, size, given, seconds)),
     )
 
 
@@ -205,17 +216,35 @@ def show(plan: RunPlan, given: Assumptions, console: Console) -> None:
                 f"workers, which fail more often than that; set it to about {world.best_steps}, or take fewer workers",
                 style="yellow",
             )
+    if plan.scales:
+        each = min(plan.batch_size, plan.micro_batch)
+        growth = Table(title="Images a second on more workers", title_justify="left", box=None, pad_edge=False)
+        for column in ("workers", f"batches of {plan.batch_size}", f"{each} images a worker", "efficiency", "sent"):
+            growth.add_column(column, justify="right")
+        for scale in plan.scales:
+            growth.add_row(
+                str(scale.workers),
+                "too small" if scale.fixed_batch is None else f"{scale.fixed_batch:,.0f}",
+                f"{scale.grown_batch:,.0f}",
+                f"{scale.efficiency:.0%}",
+                f"{_bytes(scale.sent)} a step",
+            )
+        console.print("", growth, sep="\n")
     console.print(
         f"\nBest: the time between checkpoints by Young and Daly. State is fp32; {GPU_OVERHEAD}. A node is lost every "
         f"{plan.mtbf_hours:g} hours and a rank writes {given.disk_mb_per_second:g} MB/s by assumption "
-        "(train.mtbf_hours, --disk-mb-per-second); each worker has a machine of its own, and communication is not "
-        "counted.",
+        "(train.mtbf_hours, --disk-mb-per-second); each worker has a machine of its own. Times of the run do not count "
+        "communication; images a second do, from --observed, or --network-gbit and --latency-us, none of it hidden.",
         style="dim",
     )
 
 
 def _sample_seconds(recipe: Recipe, given: Assumptions) -> tuple[float | None, str]:
     """Seconds of a sample's part of a step, and where they are from."""
+    if given.step_seconds is None and given.observed:
+        workers, batch, seconds = given.observed[0]
+        count, size = micro_batches(batch, workers, recipe.train.micro_batch)
+        return seconds / (count * size), f"from a step of {seconds:g} s for {batch} images on {workers} workers"
     if given.step_seconds is not None:
         workers = given.step_workers or recipe.parallel.workers.min
         count, size = micro_batches(recipe.train.batch_size, workers, recipe.train.micro_batch)
@@ -227,6 +256,19 @@ def _sample_seconds(recipe: Recipe, given: Assumptions) -> tuple[float | None, s
         f"measured on this machine's CPU ({torch.get_num_threads()} threads, {found.steps} steps of "
         f"{found.micro_batch} images): for GPUs give --step-seconds"
     )
+
+
+def _scales(recipe: Recipe, size: ModelSize, given: Assumptions, sample_seconds: float | None) -> list[Scale]:
+    """What more workers would do; nothing where no time is known."""
+    stage, batch, largest = recipe.parallel.zero_stage, recipe.train.batch_size, recipe.train.micro_batch
+    runs = [Observation(workers, size_, taken, stage, largest) for workers, size_, taken in given.observed]
+    if not runs and sample_seconds is not None:
+        each = min(batch, largest)
+        runs = [Observation(1, each, each * sample_seconds, stage, largest)]
+    if not runs:
+        return []
+    network = Network(given.network_gbit * 1e9 / 8, given.latency_us * 1e-6)
+    return scales(fitted(size, runs, network), size, stage, SHOWN, batch, largest)
 
 
 def _data(recipe: Recipe) -> DataPlan:

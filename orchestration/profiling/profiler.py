@@ -90,6 +90,7 @@ class Profiler:
                 sums.add(seconds, report.batch_size)
         if self._trace is not None:
             self._trace.step()
+            self._clock.lap()  # writing it down is no part of a step
 
     def _note(self, traffic: Traffic) -> None:
         for sums in (self._since, self._all):
