@@ -85,6 +85,7 @@ class Follower:
         self._client, self._id, self._show, self._tell = client, job_id, show, tell
         self._sleep, self._now = sleep, now
         self._shown = 0  # characters
+        self._answered = now()  # when the cluster was heard of last
         self._asked_to_stop = False
 
     def follow(self) -> Outcome:
@@ -99,7 +100,8 @@ class Follower:
                 self._tell(f"asking {self._id} to stop: it saves first; once more leaves it to itself")
 
     def _follow(self) -> Outcome:
-        answered, tries, at_the_end, stopping = self._now(), 0, 0, False
+        tries, at_the_end, stopping = 0, 0, False
+        self._answered = self._now()
         while True:
             before, trouble = self._shown, None
             try:
@@ -108,7 +110,7 @@ class Follower:
                     stopping = True
                 trouble = self._read_log()
                 info = _answer(lambda: self._client.get_job_info(self._id))
-                answered = self._now()
+                self._answered = self._now()
                 if info.status.is_terminal():
                     # A log that ended before the job may have ended early: it is read once more. One that breaks off
                     # is worth some tries, but not many: its node may be gone.
@@ -125,7 +127,7 @@ class Follower:
                 tries = 0
             if trouble is not None and tries == 0:
                 self._tell(f"the connection is lost, trying again ({trouble})")
-            if self._now() - answered > PATIENCE_SECONDS:
+            if self._now() - self._answered > PATIENCE_SECONDS:
                 return Outcome(End.UNREACHABLE, message=trouble or "")
             self._sleep(wait_before(tries))
             tries += 1
@@ -135,6 +137,7 @@ class Follower:
         position = 0
         try:
             for text in _tail(self._client, self._id):
+                self._answered = self._now()  # a log may be followed for days before it breaks off
                 new = text[max(0, self._shown - position) :]
                 position += len(text)
                 if new:
@@ -151,7 +154,7 @@ def wait_before(tries: int) -> float:
 
 
 def _tail(client: Jobs, job_id: str) -> Iterator[str]:
-    """The log from its beginning, until the server ends it.
+    """The log from its beginning, until the server ends it; "" where it is silent and the server answers.
 
     Raises:
         _Disconnected: the connection broke, or is silent and the server does not answer either.
@@ -179,7 +182,7 @@ def _tail(client: Jobs, job_id: str) -> Iterator[str]:
         except queue.Empty:
             if _answer(lambda: client.get_job_info(job_id)).status.is_terminal():
                 raise _Disconnected("the log does not go on") from None
-            continue
+            found = ""
         if found is None:
             return
         if isinstance(found, Exception):

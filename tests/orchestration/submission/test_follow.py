@@ -50,6 +50,53 @@ def test_a_cluster_that_is_silent_for_long_is_left() -> None:
     assert sorted(clock.slept) == clock.slept and clock.slept[:4] == [1, 2, 4, 8]
 
 
+def test_patience_counts_from_the_last_word_and_not_from_the_start_of_the_log() -> None:
+    """A laptop that has followed a log for hours and loses its network for a minute has not lost the job."""
+    clock, shown = Clock(), []
+
+    class Slow(Cluster):
+        async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+            async for text in super().tail_job_logs(job_id):
+                clock.time += 10 * PATIENCE_SECONDS
+                yield text
+
+    cluster = Slow("0123456789", [(7, BROKEN)], DONE)
+
+    def show(text: str) -> None:
+        shown.append(text)
+        cluster.unreachable = len(shown) == 1
+
+    sleep = clock.sleep
+
+    def slept(seconds: float) -> None:
+        sleep(seconds)
+        cluster.unreachable = cluster.unreachable and len(clock.slept) < 5
+
+    told: list[str] = []
+    outcome = Follower(cluster, "job-1", show, told.append, sleep=slept, now=clock.now).follow()
+    assert (outcome.end, "".join(shown)) == (End.SUCCEEDED, "0123456789")
+    assert len(told) == 1 and "trying again" in told[0]
+
+
+def test_a_log_that_is_silent_while_the_cluster_answers_is_word_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "QUIET_SECONDS", 0.02)
+    cluster, clock = Cluster("all", [(3, HANG)], DONE), Clock()
+    running, asked = Info(JobStatus.RUNNING), 0
+
+    def info(job_id: str) -> Info:
+        nonlocal asked
+        asked += 1
+        if asked in (4, 5):
+            raise ConnectionError("nobody there")  # for a moment, after a long silence
+        if asked < 4:
+            clock.time += PATIENCE_SECONDS / 2
+        return running if asked < 7 else DONE
+
+    cluster.get_job_info = info  # type: ignore[method-assign]
+    cluster.breaks += [(3, None)]
+    assert followed(cluster, clock, lambda text: None).end is End.SUCCEEDED
+
+
 def test_a_job_that_the_cluster_forgot_is_lost() -> None:
     cluster = Cluster("some", [(2, BROKEN)], DONE)
     cluster.get_job_info = lambda job_id: (_ for _ in ()).throw(  # type: ignore[method-assign]
