@@ -150,6 +150,7 @@ class Notices(ControllerCallback, WorkerGroupCallback):
 
     def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
         """The workers' processes are there; their imports, all at once."""
+        self._mailbox.starting.remote()
         self._mailbox.mark.remote("scheduled", time.time())
         ray.get([worker.execute_async(_import_stack, self._device) for worker in workers])
         self._mailbox.mark.remote("imported", time.time())

@@ -80,11 +80,18 @@ class Mailbox:
         self._steps = 0
         self._micro_batch = 0
 
-    def attempt(self, micro_batch: int) -> None:
-        """Ranks begin, with micro batches of so many samples: nothing that was asked of those before them holds."""
-        self._micro_batch = micro_batch
+    def starting(self) -> None:
+        """The controller starts workers: those who were asked to leave have gone.
+
+        It is the controller's word, since its later requests come after it. By the ranks' own word, which comes when
+        they have loaded, a node's notice from the seconds before would be forgotten.
+        """
         if self._request == "leave":
             self._request = None
+
+    def attempt(self, micro_batch: int) -> None:
+        """Ranks begin, with micro batches of so many samples."""
+        self._micro_batch = micro_batch
 
     def steps(self) -> int:
         """The most steps that have been shown."""

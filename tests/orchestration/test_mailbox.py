@@ -30,12 +30,12 @@ def test_a_stop_outlives_a_restart_and_a_resize_does_not() -> None:
     box = Mailbox()
     box.ask("leave")
     assert box.show(LIVE) == "leave"
-    box.attempt(4)
+    box.starting()
     assert box.show(LIVE) is None
     box.ask("leave")
     box.ask("stop")
     box.ask("leave")
-    box.attempt(4)
+    box.starting()
     assert box.show(LIVE) == "stop"
     assert not box.news().stopped
     box.stopped()
