@@ -10,7 +10,9 @@ code means to do this); edges are sharp, not bevelled; lamps are points, so that
 mirror its neighbours; the camera turns to the origin after it has moved; an object's centre is in view, also of the
 crop, which leaves less room and so more occlusion.
 
-Almost all the time goes into Mitsuba's rays, about 0.6 microseconds for each sample with its shadow.
+Almost all the time goes into Mitsuba's rays, about 0.6 microseconds for each sample with its shadow: at 128x128 with
+four samples a pixel a core draws some 20 scenes a second, at 64x64 some 60. A hundred would take a rasteriser, whose
+shadows are guesses, or Mitsuba's vectorised renderer, which needs LLVM's library on the machine.
 """
 
 import math

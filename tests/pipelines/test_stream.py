@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from pipelines.errors import DataError, TransientError
 from pipelines.index import Index, index_from_counts
 from pipelines.noise import Purpose, gumbel, normal
-from pipelines.plan import Plan
+from pipelines.plan import Piece, Plan
+from pipelines.reader import Reader
 from pipelines.samples import encode
 from pipelines.shards import read_index
 from pipelines.sources import Sources
@@ -70,6 +72,33 @@ def handed_out(plan: Plan, folder: Path, steps: range, world: int, **changes) ->
 def read_epochs(stream: Stream, plan: Plan, epochs: int = 1) -> None:
     for step in range(epochs * plan.steps_per_epoch):
         stream.step(step)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_seek_reads_the_open_windows_and_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    plan = plan_of(folder, window=1)
+    read: list[Piece] = []
+    piece_of = Reader._piece
+    monkeypatch.setattr(Reader, "_piece", lambda reader, piece: read.append(piece) or piece_of(reader, piece))
+    for step in range(2 * plan.steps_per_epoch):
+        if plan.size(step) < plan.batch_size:
+            continue
+        for rank in range(world):
+            read.clear()
+            with open_stream(plan, folder, rank, world) as stream:
+                stream._begin(step)
+            spans = plan.spans(step, *plan.bounds(step, rank, world))
+            windows = dict.fromkeys(span.window for span in spans)
+            assert read == [piece for window in windows for piece in plan.pieces(window)]  # each once
+            # A second window in a lane only where the first one ends within the step.
+            lanes = Counter(window.lane for window in windows)
+            ended = [a.window.lane for a, b in pairwise(spans) if a.window.lane == b.window.lane]
+            assert len(lanes) <= plan.open_lanes(world) and sum(lanes.values()) == len(lanes) + len(ended)
+            for a, b in pairwise(spans):
+                if a.window.lane == b.window.lane:
+                    assert a.first + a.count == len(plan.order(a.window)) and b.first == 0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 11])
