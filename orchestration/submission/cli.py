@@ -49,6 +49,8 @@ def submit(
     least = LEAST_STOP_SECONDS
     if stop_seconds is not None and stop_seconds < least:
         fail(f"--stop-seconds: {stop_seconds} is less than the {least} that saving may take; give that or more", 2)
+    if retries and not follow:
+        fail(f"--retries: {retries} needs the job to be followed to its end; leave --no-follow out", 2)
     try:
         code = submission.submit(
             recipe,

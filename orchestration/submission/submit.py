@@ -166,16 +166,19 @@ def send(
 ) -> str:
     """Submits; a head takes jobs a few seconds after it has told its address.
 
+    All tries are of one job: an answer that is lost on its way does not start a second driver.
+
     Raises:
         SubmissionError: the cluster does not take it.
     """
-    deadline = now() + START_SECONDS
+    deadline, job_id, tries = now() + START_SECONDS, job.new_id(), 0
     while True:
+        tries += 1
         try:
-            return client.submit_job(
-                entrypoint=job.command(fresh), submission_id=job.new_id(), runtime_env=job.runtime_env()
-            )
+            return client.submit_job(entrypoint=job.command(fresh), submission_id=job_id, runtime_env=job.runtime_env())
         except Exception as error:  # Ray's client raises RuntimeError, its own errors and those of requests
+            if tries > 1 and f"{job_id} already exists" in str(error):
+                return job_id
             if now() > deadline or not _passes(error):
                 raise SubmissionError(f"the cluster does not take the job: {_one_line(error)}") from error
         sleep(1)

@@ -78,6 +78,10 @@ def test_where_no_cluster_is_the_cure_is_told() -> None:
     assert nobody.exit_code == 1 and "no Ray dashboard answers" in nobody.output
     hasty = CliRunner().invoke(app, ["submit", "demo", "--address", "http://127.0.0.1:9", "--stop-seconds", "5"])
     assert hasty.exit_code == 2 and "--stop-seconds: 5" in hasty.output
+    idle = CliRunner().invoke(
+        app, ["submit", "demo", "--address", "http://127.0.0.1:9", "--retries", "2", "--no-follow"]
+    )
+    assert idle.exit_code == 2 and "--retries: 2 needs the job to be followed" in idle.output
 
 
 def test_rays_autoscaler_takes_the_local_clusters_file(tmp_path: Path) -> None:

@@ -107,6 +107,24 @@ def test_a_head_that_is_still_starting_is_waited_for_and_another_error_is_told()
         run(cluster, 0)
 
 
+def test_a_submission_whose_answer_is_lost_is_one_job() -> None:
+    """Ray refuses an id that it knows; the words are those of its job manager."""
+    cluster, ids = Cluster("", [], DONE), []
+
+    def submit(*, submission_id: str, **arguments: Any) -> str:
+        if submission_id in ids:
+            raise RuntimeError(
+                "Request failed with status code 400: ValueError: Job with submission_id "
+                f"{submission_id} already exists. Please use a different submission_id."
+            )
+        ids.append(submission_id)
+        raise ConnectionError("Connection aborted.")
+
+    cluster.submit_job = submit  # type: ignore[method-assign]
+    assert run(cluster, 0)[0] == 0
+    assert len(ids) == 1
+
+
 def test_a_job_is_named_after_its_run_and_its_command_survives_a_shell() -> None:
     override = "parallel.workers={min: 1, max: 4}"
     job = Job("clevr.6", "p.zip", "recipes/my clevr.yaml", (override, "name=a'b"), {})
