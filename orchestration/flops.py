@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from orchestration.assembly import build_model
 from orchestration.planning.measure import synthetic_batch
@@ -34,6 +33,8 @@ class Flops:
 
 def training_flops(recipe: Recipe) -> float:
     """Of one image, forward and backward, counted once on the CPU: matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton, a second where it is installed
+
     recipe = recipe.without_weights()
     model = build_model(recipe).train()
     micro = synthetic_batch(recipe, model, 1)

@@ -10,6 +10,7 @@ on from the last checkpoint.
 import argparse
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -49,16 +50,16 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console, profil
     from orchestration.clusters.connection import ray_cluster
     from orchestration.prepare import check_data, data_folders, is_prepared, prepare
     from orchestration.runs.checkpoints import newest_valid
-    from orchestration.show import report
-    from orchestration.tracking import Tracker, tracking_uri
-    from orchestration.tracking.page import Page
+    from orchestration.tracking import tracking_uri
 
     tracking_uri(recipe)  # raises before anything starts
     newest = newest_valid(folder.checkpoints)
     if newest is None or newest.steps < recipe.train.steps or not is_prepared(recipe):
         console.print(f"run [bold]{recipe.name}[/]: starting Ray")
+        threading.Thread(target=_import_tracking, name="imports", daemon=True).start()  # while Ray's processes start
         with ray_cluster(recipe.parallel.workers.max), new_progress(console) as progress:
             from orchestration.fit import fit  # after Ray has its token
+            from orchestration.tracking.page import Page
 
             prepare(recipe, progress)
             digests = check_data(recipe)
@@ -71,9 +72,17 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console, profil
     else:
         console.print(f"run [bold]{recipe.name}[/]: finished at step {newest.steps}; evaluating")
         _pin_data(folder, check_data(recipe))
+        from orchestration.tracking import Tracker
+
         tracker = Tracker(recipe, folder)
         tracker.send_committed()
+    from orchestration.show import report  # scipy's statistics: not before training
+
     report(recipe, folder, tracker, data_folders(recipe), console)
+
+
+def _import_tracking() -> None:
+    import orchestration.tracking.page  # noqa: F401
 
 
 def _check_parts(recipe: Recipe) -> None:
@@ -107,11 +116,6 @@ def _pin_data(folder: RunFolder, digests: dict[str, str]) -> None:
 
 def main(recipe: str, overrides: list[str], fresh: bool, profile: bool = False, trace: Path | None = None) -> int:
     """Runs a recipe by name; returns the exit code."""
-    from mlflow.exceptions import MlflowException
-
-    from orchestration.runs.checkpoints import DamagedCheckpointError
-    from pipelines import DataError
-
     console = Console()
     began = time.monotonic()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
@@ -123,13 +127,23 @@ def main(recipe: str, overrides: list[str], fresh: bool, profile: bool = False, 
         return _fail(str(error), 2)
     except LeaseHeldError as error:
         return _fail(str(error), 3)
-    except (TrainingError, LeaseLostError, DataError, DamagedCheckpointError, MlflowException) as error:
+    except _failures() as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt as stop:
         where = f"; {stop}" if str(stop) else ""
         return _fail(f"interrupted{where}; the same command goes on from the last checkpoint", INTERRUPTED)
     console.print(f"done in {time.monotonic() - began:.0f} s")
     return 0
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ends a run with a sentence; looked up when something is raised, since it takes seconds to import."""
+    from mlflow.exceptions import MlflowException
+
+    from orchestration.runs.checkpoints import DamagedCheckpointError
+    from pipelines import DataError
+
+    return TrainingError, LeaseLostError, DataError, DamagedCheckpointError, MlflowException
 
 
 def _fail(message: str, code: int) -> int:

@@ -31,7 +31,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
         if "ray" in sys.modules and not ours:
             raise RuntimeError("ray was imported before slotforge could give it a token; import it afterwards")
     import ray
-    from ray._private.utils import get_num_cpus  # knows containers' quotas
+    from ray._private.utils import get_num_cpus  # knows containers' quotas, not taskset
 
     end = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
@@ -40,7 +40,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
         ray.init(
             address="local",
             _node_ip_address="127.0.0.1",
-            num_cpus=max(int(get_num_cpus()), workers),
+            num_cpus=max(min(int(get_num_cpus()), len(os.sched_getaffinity(0))), workers),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
