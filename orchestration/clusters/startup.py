@@ -59,6 +59,11 @@ def network_problems(provider: str, prepared: Config) -> Iterator[str]:
         for i, interface in enumerate(parts(node, "NetworkInterfaces")):
             if interface.get("AssociatePublicIpAddress"):
                 yield f"{path}.NetworkInterfaces[{i}].AssociatePublicIpAddress: true is public; set it to false"
+        if provider == "aws" and not node.get("SubnetIds") and "NetworkInterfaces" not in node:
+            yield (
+                f"{path}.SubnetIds: not set, so Ray takes any subnet of the account, and a default one gives machines "
+                "public addresses; name private ones"
+            )
         if provider != "gcp":
             continue
         if "networkInterfaces" not in node:

@@ -139,6 +139,8 @@ MISTAKES: list[tuple[str, str, Any, str, str]] = [
     ("aws", "docker.head_image", replaced("2.60.0", "2.6.0"), "docker.head_image", "2.6.0"),
     ("aws", "docker", {}, "docker", "name an image"),
     ("aws", "provider.use_internal_ips", False, "provider.use_internal_ips", "public"),
+    ("aws", f"{GPU}.node_config.SubnetIds", NOTHING, f"{GPU}.node_config.SubnetIds", "public"),
+    ("aws", f"{HEAD}.node_config.SubnetIds", [], f"{HEAD}.node_config.SubnetIds", "name private ones"),
     (
         "aws",
         "provider.security_group",
