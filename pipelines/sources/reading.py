@@ -187,11 +187,12 @@ class Sources:
                 content.clear()
                 raise ChangedError(shown(url))
             version = version or seen
+            end = version.size if last is None else last if version.size is None else min(last, version.size)
             for piece in pieces:
                 content.extend(piece)
-                if time.monotonic() - begin > self._timeout + len(content) / _SLOWEST:
+                late = time.monotonic() - begin > self._timeout + len(content) / _SLOWEST
+                if late and first + len(content) != end:  # what is whole is not late
                     raise TimeoutError(f"stalled after {len(content)} bytes")
-            end = version.size if last is None else last if version.size is None else min(last, version.size)
             if end is not None and first + len(content) < end:
                 raise ConnectionError(f"broke off after {len(content)} of {end - first} bytes")
 

@@ -116,14 +116,14 @@ def test_faults_that_pass_change_no_batch(
     plan = plan_of(read_local(folder))
     cache = Cache(tmp_path_factory.mktemp("cache"), 10**6) if cached else None
     steps = range(plan.steps_per_epoch)
-    read = batches(plan, server.url, steps, sources=quick(), cache=cache, decode_workers=workers)
+    read = batches(plan, server.url, steps, sources=quick(tries=8), cache=cache, decode_workers=workers)
     assert_equal(read, batches(plan, folder, steps))
 
 
 def test_a_cache_that_is_too_small_is_no_fault(folder: Path, server: FaultyServer, tmp_path: Path) -> None:
     plan = plan_of(read_local(folder))
     steps = range(plan.steps_per_epoch)
-    read = batches(plan, server.url, steps, sources=quick(), cache=Cache(tmp_path / "cache", 100))
+    read = batches(plan, server.url, steps, sources=quick(tries=8), cache=Cache(tmp_path / "cache", 100))
     assert_equal(read, batches(plan, folder, steps))
 
 
