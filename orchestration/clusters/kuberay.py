@@ -199,13 +199,10 @@ def _pods(where: str, spec: Config) -> Iterator[str]:
                 yield f"{place}.resources.limits.{name}: not set, so the pod may take, or get, any; set it"
         if requests.get("nvidia.com/gpu", gpus) != limits.get("nvidia.com/gpu", gpus):
             yield f"{place}.resources.requests: its nvidia.com/gpu is not that of limits; Kubernetes wants them equal"
-        claimed = {str(each.get("name")) for each in parts(pod, "volumes") if "persistentVolumeClaim" in each}
-        mounted = {str(each.get("name")): str(each.get("mountPath")) for each in parts(container, "volumeMounts")}
-        shared = [folder for name, folder in mounted.items() if name in claimed]
         home = _environment(container).get("SLOTFORGE_HOME")
         if home is None or len(homes) > 1:
             yield f"{place}.env: SLOTFORGE_HOME={home}; every pod needs the same, on storage that all pods share"
-        elif not within(home, shared):
+        elif not within(home, _shared_folders(pod, container)):
             yield (
                 f"{place}.env: SLOTFORGE_HOME={home} is inside the pod, and lost with it; mount a "
                 "persistentVolumeClaim of access mode ReadWriteMany there"
@@ -229,21 +226,22 @@ def _network(where: str, spec: Config) -> Iterator[str]:
 
 def _tracking(where: str, spec: Config) -> Iterator[str]:
     pod = part(part(part(spec, "headGroupSpec"), "template"), "spec")
-    servers: list[Start] = []
+    servers: list[tuple[Start, list[str]]] = []
     for i, container in enumerate(parts(pod, "containers")):
         path = f"{where}.headGroupSpec.template.spec.containers[{i}]"
         words = [str(word) for field in ("command", "args") for word in texts(container, field)]
+        shared = _shared_folders(pod, container)
         if words[:2] == ["mlflow", "server"]:
-            servers.append(Start(path, _environment(container), words[2:]))
+            servers.append((Start(path, _environment(container), words[2:]), shared))
         else:
-            servers += [start for word in words for start in starts(path, word, ["mlflow", "server"])]
+            servers += [(start, shared) for word in words for start in starts(path, word, ["mlflow", "server"])]
     if not servers:
         yield (
             f"{where}.headGroupSpec.template.spec.containers: none runs mlflow server, so curves stay in a file that "
             f"only one driver sees; add a container with it, on {LOOPBACK[0]}"
         )
-    for server in servers:
-        yield from mlflow_problems(server)
+    for server, shared in servers:
+        yield from mlflow_problems(server, shared)
 
 
 # --- readings --------------------------------------------------------------------------------------------------------
@@ -269,6 +267,13 @@ def _all_groups(where: str, spec: Config) -> list[tuple[str, Config]]:
     return [(f"{where}.headGroupSpec", part(spec, "headGroupSpec"))] + [
         (f"{where}.workerGroupSpecs[{i}]", group) for i, group in enumerate(workers)
     ]
+
+
+def _shared_folders(pod: Config, container: Config) -> list[str]:
+    """Where a container has mounted what outlives its pod."""
+    claimed = {str(each.get("name")) for each in parts(pod, "volumes") if "persistentVolumeClaim" in each}
+    mounts = parts(container, "volumeMounts")
+    return [str(each.get("mountPath")) for each in mounts if str(each.get("name")) in claimed]
 
 
 def _ray_container(group: Config) -> Config:

@@ -162,13 +162,23 @@ def image_problems(path: str, image: object, gpu: bool) -> Iterator[str]:
         yield f"{path}: {image!r} is without CUDA, and its nodes have GPUs; write {example}"
 
 
-def mlflow_problems(server: Start) -> Iterator[str]:
-    """An MLflow server keeps artifacts in a bucket, and what listens beyond loopback asks who is there."""
+def mlflow_problems(server: Start, lasting: Collection[str]) -> Iterator[str]:
+    """An MLflow server keeps artifacts in a bucket and curves where they last, and asks who is there beyond loopback.
+
+    Args:
+        lasting: folders that outlive the server's container.
+    """
     artifacts = server.option("--artifacts-destination") or server.option("--default-artifact-root") or ""
     if not artifacts.startswith(BUCKETS):
         yield (
             f"{server.path}: mlflow server keeps artifacts in {artifacts or 'a local folder'!r}, lost with the head; "
             "add --artifacts-destination s3://... or gs://..."
+        )
+    store = server.option("--backend-store-uri") or ""
+    if not store or (store.startswith("sqlite:") and not within(store.removeprefix("sqlite:///"), lasting)):
+        yield (
+            f"{server.path}: mlflow server keeps curves in {store or 'the folder that it starts in'!r}, lost with its "
+            "container; add --backend-store-uri sqlite:////FOLDER/mlflow.db, on storage that is mounted there"
         )
     host = server.option("--host") or server.option("-h") or LOOPBACK[0]
     if host in LOOPBACK:

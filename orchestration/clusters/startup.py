@@ -79,11 +79,7 @@ def ray_start_problems(prepared: Config) -> Iterator[str]:
         yield "head_start_ray_commands: none runs ray start --head; add one"
     if not workers:
         yield "worker_start_ray_commands: none runs ray start; add one with --address=$RAY_HEAD_IP:6379"
-    mounted = [
-        option.split()[-1].split(":")[1]
-        for option in texts(prepared.get("docker"), "run_options")
-        if re.match(r"(-v|--volume)[ =]\S+:\S+", option)
-    ]
+    mounted = mounted_folders(prepared)
     homes = {start.env.get("SLOTFORGE_HOME") for start in heads + workers}
     for start in heads + workers:
         if (mode := start.env.get("RAY_AUTH_MODE")) != "token":
@@ -186,7 +182,16 @@ def tracking_problems(prepared: Config) -> Iterator[str]:
             "start mlflow server"
         )
     for server in servers:
-        yield from mlflow_problems(server)
+        yield from mlflow_problems(server, mounted_folders(prepared))
+
+
+def mounted_folders(prepared: Config) -> list[str]:
+    """What containers see of their machine's folders."""
+    return [
+        option.split()[-1].split(":")[1]
+        for option in texts(prepared.get("docker"), "run_options")
+        if re.match(r"(-v|--volume)[ =]\S+:\S+", option)
+    ]
 
 
 def head_starts(prepared: Config) -> list[Start]:
