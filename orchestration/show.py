@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
@@ -52,7 +53,8 @@ def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, cons
     curves = {name: tracker.points(name) for name in PLOTTED}
     curves_figure({name: points for name, points in curves.items() if points}).savefig(pictures / "curves.png")
     for path in sorted(pictures.glob("*.png")):
-        tracker.client.log_artifact(tracker.run_id, str(path), "pictures")
+        with PIL.Image.open(path) as picture:
+            tracker.show(path.stem, picture)
 
     outcome = _outcome(recipe, evaluation, tracker, registered)
     describe(tracker, recipe, outcome)

@@ -55,7 +55,10 @@ def describe(tracker: Tracker, recipe: Recipe, outcome: Mapping[str, str] | None
         "name=again` does it again. The pictures are the newest; image charts below Model metrics have those of each "
         "step: enlarge one and move its slider."
     )
-    pictures = [f"{LEGENDS.get(key, key)}\n\n![{key}]({_link(tracker.run_id, key)})" for key in tracker.pictured()]
+    there = tracker.pictured()
+    pictures = [
+        f"{legend}\n\n![{key}]({_link(tracker.run_id, key)})" for key, legend in LEGENDS.items() if key in there
+    ]
     tracker.client.set_tag(tracker.run_id, NOTE, "\n\n".join([table, guide, *pictures]))
 
 

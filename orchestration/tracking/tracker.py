@@ -16,7 +16,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
 from orchestration.recipe import Recipe
 from orchestration.runs.checkpoints import DamagedCheckpointError, Points, committed, prune, put_aside
@@ -29,6 +29,7 @@ MOST_POINTS, MOST_PARAMS = 1000, 100  # that one log_batch takes
 KEY = "slotforge.key"  # a tag: of one run folder alone
 IMAGES = "images"  # where MLflow keeps pictures of steps, as <key>+step+<step>+...
 PICTURES = "pictures"  # where the newest are, by their keys
+PAGE_WIDTH = 800  # pixels; wider ones push the right column of a run's page off a laptop's screen
 
 
 class Tracker:
@@ -122,9 +123,15 @@ class Tracker:
         if (key, step) in there:
             return
         if all(newest < step for name, newest in there if name == key):
-            self.client.log_image(self.run_id, image, f"{PICTURES}/{key}.png")
+            self.show(key, image)
         self.client.log_image(self.run_id, image, key=key, step=step)
         there.add((key, step))
+
+    def show(self, key: str, image: Image) -> None:
+        """The newest picture of its kind, at a size for the run's page."""
+        height = min(image.height, round(image.height * PAGE_WIDTH / image.width))
+        small = image.resize((min(image.width, PAGE_WIDTH), height), Resampling.BOX)
+        self.client.log_image(self.run_id, small, f"{PICTURES}/{key}.png")
 
     def pictured(self) -> list[str]:
         """The keys of the pictures that are there, in the order of their names."""

@@ -14,6 +14,7 @@ from orchestration.runs.folder import RunFolder
 from orchestration.tracking import Tracker
 from orchestration.tracking.description import NOTE, Description, describe
 from orchestration.tracking.provenance import Provenance, code
+from orchestration.tracking.tracker import PAGE_WIDTH
 
 
 @pytest.fixture
@@ -52,9 +53,12 @@ def test_the_page_tells_what_runs_and_shows_the_newest_pictures(mine: Recipe, tr
         description.deliver(tracker)
     tracker.picture("counts", 12, PIL.Image.new("RGB", (10, 10), "black"))
     Description(mine).deliver(tracker)  # a later driver's
-    assert shown(tracker) == ["pictures/counts.png", "pictures/scenes.png"]
+    assert shown(tracker) == ["pictures/scenes.png", "pictures/counts.png"]
     path = tracker.client.download_artifacts(tracker.run_id, "pictures/scenes.png", str(tmp_path))
     assert PIL.Image.open(path).getpixel((0, 0)) == (0, 128, 0)
+    tracker.show("scenes", PIL.Image.new("RGB", (3 * PAGE_WIDTH, 300)))
+    path = tracker.client.download_artifacts(tracker.run_id, "pictures/scenes.png", str(tmp_path))
+    assert PIL.Image.open(path).size == (PAGE_WIDTH, 100)
 
     describe(tracker, mine, {"FG-ARI": "0.950"})
     assert note(tracker).startswith("| | |\n|---|---|\n| FG-ARI | 0.950 |\n| data | 200 images")
