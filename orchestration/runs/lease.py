@@ -83,12 +83,13 @@ class Lease:
         wait = random.SystemRandom()  # who waits how long must not be the same for all
         for attempt in range(TRIES):
             newest, files = _newest(self._leases)
-            for file in files:
-                self._refuse_if_held(file)
-            number = newest + 1
-            name = self._leases.claim(f"{number:06d}.json", self._content)
-            if name is not None and _newest(self._leases)[0] == number:  # not slept so long that it was succeeded
-                return number, name
+            with contextlib.suppress(FileNotFoundError):  # withdrawn: this number may yet be another's
+                for file in files:
+                    self._refuse_if_held(file)
+                number = newest + 1
+                name = self._leases.claim(f"{number:06d}.json", self._content)
+                if name is not None and _newest(self._leases)[0] == number:  # not slept so long that it was succeeded
+                    return number, name
             time.sleep(wait.uniform(0, WAIT_SECONDS * 2**attempt))
         raise LeaseHeldError(f"run {self._run.name}: several drivers want it this moment; leave it to one of them")
 
@@ -104,8 +105,6 @@ class Lease:
         holder: dict[str, Any]
         try:
             holder = read_json(self._leases, file.name)
-        except FileNotFoundError:  # withdrawn
-            return None
         except ValueError:  # it is writing its name, or died before it could
             holder = {"pid": "?", "host": "?", "since": "just now"}
         if holder.get("released"):

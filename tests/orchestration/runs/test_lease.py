@@ -155,6 +155,26 @@ def test_a_driver_that_slept_while_it_took_a_lease_has_not_got_it(
         pass
 
 
+def test_a_number_that_was_withdrawn_is_not_passed_over(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver sees a claim to the first number; before it reads it the claim is withdrawn, and another's stands."""
+    leases, kind = folder.storage / "leases", type(folder.storage)
+    leases.write("000001-rival.json", b"{}")
+    first, read = Lease(folder), kind.read
+
+    def late(self: LocalStorage, name: str) -> bytes:
+        if name == "000001-rival.json":
+            monkeypatch.setattr(kind, "read", read)
+            self.delete(name)
+            first.__enter__()
+        return read(self, name)
+
+    monkeypatch.setattr(kind, "read", late)
+    with pytest.raises(LeaseHeldError), Lease(folder):
+        pass
+    assert first.number == 1
+    first.__exit__(None, None, None)
+
+
 def test_a_folder_that_cannot_be_written_is_told(s3: str) -> None:
     with pytest.raises(RecipeError, match=r"s3://nowhere/run: the run's folder cannot be written.*SLOTFORGE_RUNS"):
         Lease(RunFolder("s3://nowhere/run")).__enter__()
