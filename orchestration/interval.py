@@ -1,13 +1,23 @@
 """When to save: every so many steps, or as often as loses least time."""
 
+import math
 import time
 from collections.abc import Callable
 
-from orchestration.planning.cost import best_interval
+from orchestration.planning.cost import chosen_interval
 
 FIRST_SECONDS = 30.0  # of training before the first checkpoint, which tells what one costs
-LEAST_SECONDS = 10.0
-MOST_SECONDS = 1800.0
+
+
+def mtbf_of_run(hours: float, world: int, ranks_on_a_node: int) -> float:
+    """Seconds between failures of any of a run's nodes.
+
+    Args:
+        hours: mean time between failures of one node.
+        world: ranks of the run.
+        ranks_on_a_node: how many share a node, and its failures.
+    """
+    return hours * 3600 / math.ceil(world / ranks_on_a_node)
 
 
 class SaveInterval:
@@ -40,4 +50,4 @@ class SaveInterval:
     def saved(self, cost: float) -> None:
         """A checkpoint was taken, which cost training so many seconds."""
         self._last = self._now()
-        self._seconds = min(max(best_interval(cost, self._mtbf), LEAST_SECONDS), MOST_SECONDS)
+        self._seconds = chosen_interval(cost, self._mtbf)

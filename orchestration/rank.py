@@ -19,7 +19,7 @@ from orchestration.assembly import Data, build_model, training_order, training_s
 from orchestration.curves import Curves
 from orchestration.diagnosis import diagnose
 from orchestration.engine import DeepSpeedEngine
-from orchestration.interval import SaveInterval
+from orchestration.interval import SaveInterval, mtbf_of_run
 from orchestration.mailbox import Failure, Leaving, Request, Stopped
 from orchestration.node_metrics import NodeMetrics, gpu_sample, node_sample
 from orchestration.periodic_evaluation import PeriodicEvaluation
@@ -122,7 +122,8 @@ def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
     if driver is not None:
         mailbox.attempt.remote(micro_batch)
         mailbox.mark.remote("loaded", time.time())
-    interval = SaveInterval(recipe.train.checkpoint_every, recipe.train.mtbf_hours * 3600 / world)
+    mtbf = mtbf_of_run(recipe.train.mtbf_hours, world, context.get_local_world_size())
+    interval = SaveInterval(recipe.train.checkpoint_every, mtbf)
 
     def decide(done: int) -> Pause | None:
         assert driver is not None  # only rank 0 decides

@@ -11,6 +11,8 @@ HOPELESS = 100.0
 """A run that takes so many times longer for its failures does not end."""
 RECOVERY_SECONDS = 30.0
 """From the loss of a node to the next step."""
+LEAST_SECONDS, MOST_SECONDS = 10.0, 1800.0
+"""Between checkpoints, where a run chooses: costs that are tiny or huge, or measured wrongly, do not set its pace."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class WorldPlan:
         state: bytes of a rank's state for each ZeRO stage.
         activations: bytes of a rank's micro batch between forward and backward; an estimate.
         step_seconds: of one step.
-        checkpoint_seconds: between two checkpoints: of train.checkpoint_every steps, or the best.
+        checkpoint_seconds: between two checkpoints: of train.checkpoint_every steps, or what the run chooses.
         stall_seconds: that writing a checkpoint takes if nothing hides it.
         best_seconds: between checkpoints, by Young and Daly.
         best_steps: the same in steps, at least one.
@@ -127,6 +129,11 @@ def best_interval(stall: float, mtbf: float) -> float:
         if not value > 0:
             raise ValueError(f"{name}: {value} seconds is not above 0; use a positive number")
     return math.sqrt(2 * stall * mtbf)
+
+
+def chosen_interval(stall: float, mtbf: float) -> float:
+    """Seconds between checkpoints that a run takes by itself: the best ones, within reason."""
+    return min(max(best_interval(stall, mtbf), LEAST_SECONDS), MOST_SECONDS)
 
 
 def slowdown(stall: float, interval: float, mtbf: float, recovery: float = RECOVERY_SECONDS) -> float:
@@ -209,7 +216,7 @@ def _world_plan(
     step = checkpoint = hours = None
     if sample_seconds is not None:
         step = sample_seconds * accumulation * micro_batch
-        checkpoint = step * every if every is not None else max(best, step)
+        checkpoint = step * every if every is not None else max(chosen_interval(stall, mtbf), step)
         factor = slowdown(stall, checkpoint, mtbf)
         hours = steps * step * factor / 3600 if factor < HOPELESS else None
     return WorldPlan(

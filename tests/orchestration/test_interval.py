@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from orchestration.interval import FIRST_SECONDS, LEAST_SECONDS, MOST_SECONDS, SaveInterval
+from orchestration.interval import FIRST_SECONDS, SaveInterval, mtbf_of_run
+from orchestration.planning.cost import LEAST_SECONDS, MOST_SECONDS
 
 
 def test_a_fixed_number_of_steps_asks_no_clock() -> None:
@@ -31,3 +32,8 @@ def test_it_stays_within_reason(cost: float, expected: float) -> None:
     interval = SaveInterval(None, mtbf=4 * 3600.0, now=lambda: 0.0)
     interval.saved(cost)
     assert interval.seconds == expected
+
+
+@pytest.mark.parametrize(("world", "on_a_node", "nodes"), [(1, 1, 1), (8, 8, 1), (16, 8, 2), (9, 8, 2), (5, 1, 5)])
+def test_ranks_of_one_node_fail_together(world: int, on_a_node: int, nodes: int) -> None:
+    assert mtbf_of_run(4.0, world, on_a_node) == 4 * 3600 / nodes
