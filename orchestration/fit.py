@@ -17,7 +17,7 @@ from orchestration.assembly import Data
 from orchestration.clusters.capacity import cpus_per_worker, use_gpu
 from orchestration.elastic import Backend, Trainer
 from orchestration.files import write_json
-from orchestration.mailbox import STOP_SECONDS, News, TrainingError, open_mailbox
+from orchestration.mailbox import SEND_SECONDS, STOP_SECONDS, News, TrainingError, open_mailbox
 from orchestration.profiling.profile import TRACED_STEPS, WARM_STEPS, StepProfile
 from orchestration.profiling.show import Wish, profile_table, write_trace
 from orchestration.rank import FINAL_ERRORS, train_rank
@@ -75,9 +75,10 @@ def fit(
                 f"{training.error}"
             )
     except (KeyboardInterrupt, TrainingError) as stop:
-        page.close("KILLED" if isinstance(stop, KeyboardInterrupt) else "FAILED")
         if isinstance(stop, KeyboardInterrupt):
+            page.close("KILLED", SEND_SECONDS)  # who stops it does not wait for long, and then kills
             raise KeyboardInterrupt(f"the newest checkpoint is of step {newest_step(folder)}") from None
+        page.close("FAILED")
         raise
     watch.close()
     if not page.close("FINISHED"):

@@ -11,6 +11,7 @@ from orchestration.events import Event, Kind
 from orchestration.profiling.profile import StepProfile
 
 STOP_SECONDS = 60.0  # that the ranks have to save before they are stopped
+SEND_SECONDS = 15.0  # that a driver which stops then gives MLflow to take the rest; it waits in the run's folder
 
 Request = Literal["stop", "leave"]
 """stop: save, and end the run for now. leave: save, and let the workers be started anew, at another size perhaps."""

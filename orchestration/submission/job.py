@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from orchestration.mailbox import STOP_SECONDS
+from orchestration.mailbox import SEND_SECONDS, STOP_SECONDS
 from orchestration.recipe import Recipe, RecipeError
 from pipelines.sources import local_path
 
-LEAST_STOP_SECONDS = int(STOP_SECONDS) + 30
+LEAST_STOP_SECONDS = int(STOP_SECONDS + SEND_SECONDS) + 15
 """That a job needs from the request to stop to its end: for its ranks to save, and for what the driver does then."""
 PASSED_ON = ("SLOTFORGE_HOME", "SLOTFORGE_RUNS")
 """Variables that a job gets where the user has set them; any other is set where Ray is started."""

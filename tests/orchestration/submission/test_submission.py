@@ -10,7 +10,7 @@ from made_up_cluster import Clock, Cluster, Info
 from ray.job_submission import JobStatus
 from rich.console import Console
 
-from orchestration.mailbox import STOP_SECONDS
+from orchestration.mailbox import SEND_SECONDS, STOP_SECONDS
 from orchestration.recipe import RecipeError
 from orchestration.runs.lease import LEASE_SECONDS
 from orchestration.submission.follow import End, Outcome
@@ -135,7 +135,7 @@ def test_a_job_is_named_after_its_run_and_its_command_survives_a_shell() -> None
 
 
 def test_a_job_gets_what_the_user_has_set_and_no_secret() -> None:
-    assert LEAST_STOP_SECONDS > STOP_SECONDS
+    assert LEAST_STOP_SECONDS > STOP_SECONDS + SEND_SECONDS
     given = {"SLOTFORGE_HOME": "/shared", "MLFLOW_TRACKING_PASSWORD": "x", "AWS_SECRET_ACCESS_KEY": "y"}
     passed = environment(given, 90, 120)
     assert passed == {"SLOTFORGE_HOME": "/shared", "RAY_JOB_STOP_WAIT_TIME_S": "90", "COLUMNS": "120"}
