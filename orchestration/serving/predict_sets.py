@@ -61,6 +61,7 @@ def predict_parts(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     for told in _TOLD_BY_US:
         logging.getLogger(told).setLevel(logging.CRITICAL)
+    workers = min(workers, len(work.missing))
     data = ray.data.read_datasource(
         _datasource(source, work.missing, side),
         concurrency=workers,  # decoding keeps ahead of the model with less
@@ -71,7 +72,7 @@ def predict_parts(
         fn_constructor_args=(model, out.absolute()),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(work.missing))),
+        compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=_MODEL_CPUS,
     )
     try:
