@@ -29,6 +29,7 @@ __all__ = ["Ledger", "MicroBatch", "Stream"]
 Ledger = Callable[[int, int, int, int, int], None]
 """Called with (step, rank, place, sample, replaced): `replaced` is the bad sample whose place it fills, or -1."""
 
+_SAMPLES_AHEAD = 640  # that decode workers have, at least three steps and at most ten
 _NOISE = {
     "slots": (normal, Purpose.SLOTS),
     "gate": (gumbel, Purpose.GATE),
@@ -164,8 +165,8 @@ class Stream:
             Processes(decode_workers, self._decoding, rows) if decode_workers else InThread(self._decoding, rows)
         )
         self._floats = Recycled((self.micro_batch, 3, *plan.index.size))
-        # With processes some steps are decoded while the one before them is put together.
-        self._begun_ahead = 3 if decode_workers else 1
+        # Processes decode on while this one reads several windows in a row, which lanes need at about the same time.
+        self._begun_ahead = min(10, max(3, _SAMPLES_AHEAD // rows)) if decode_workers else 1
         self._to_device = ToDevice(torch.device(device)) if torch.device(device).type == "cuda" else None
         self._prefetch = prefetch
         self._thread: Prefetcher[_Begun, _Step] | None = None
