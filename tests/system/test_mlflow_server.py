@@ -187,14 +187,21 @@ def test_a_driver_killed_while_it_sends_leaves_every_point_once(
 
     # The rest of its page.
     path = client.download_artifacts(run_id, "events.jsonl", str(undisturbed.home))
-    kinds = Counter(json.loads(event)["kind"] for event in Path(path).read_text().splitlines())
+    events = [json.loads(event) for event in Path(path).read_text().splitlines()]
+    kinds = Counter(event["kind"] for event in events)
     assert kinds["start"] == 3 and kinds["end"] == 1
+    assert (events[-1]["kind"], events[-1]["step"]) == ("end", STEPS)
     tags = client.get_run(run_id).data.tags
     assert tags["slotforge.drivers"] == "3" and tags["slotforge.warnings"] == str(kinds["warning"])
     pictures = [entry.path for entry in client.list_artifacts(run_id, "images") if entry.path.endswith(".png")]
     taken = Counter(re.findall(r"images/(\w+)\+step\+(\d+)\+", " ".join(pictures)))
     assert set(taken.values()) == {1}
     assert {name for name, step in taken if step == str(STEPS)} == {"scenes", "attention", "counts"}
+    links = re.findall(r"!\[\w+\]\((\S+)\)", tags["mlflow.note.content"])
+    assert len(links) == 3
+    for link in links:  # as a browser follows them from the run's page
+        with urllib.request.urlopen(f"{server}/{link}", timeout=PATIENCE) as answer:
+            assert answer.read(8) == b"\x89PNG\r\n\x1a\n", link
     children = client.search_runs([client.get_run(run_id).info.experiment_id], f"tags.mlflow.parentRunId = '{run_id}'")
     assert all("system/cpu_utilization_percentage" in child.data.metrics for child in children)
 

@@ -37,7 +37,7 @@ class MadeUp:
 
     def add(self, quality: float) -> str:
         tags = {QUALITY: str(quality)}
-        version = self.client.create_model_version(self.name, "made:up", tags=tags, await_creation_for=0)
+        version = self.client.create_model_version(self.name, "made:/up", tags=tags, await_creation_for=0)
         return str(version.version)
 
     def contender(self, version: str) -> Contender:
