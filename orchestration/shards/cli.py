@@ -12,8 +12,6 @@ from rich.console import Console
 from orchestration.command_line import Overrides, console, fail, say
 from orchestration.recipe import RecipeError, load_recipe
 from orchestration.terminal import new_progress
-from pipelines.ingest.formats import FORMATS
-from pipelines.scenes import RENDERERS
 
 if TYPE_CHECKING:
     from orchestration.shards.work import Spread
@@ -26,6 +24,13 @@ shards = typer.Typer(
 _MOST_READERS = 4
 """Of a file that is read from its beginning: each reader unpacks all of it."""
 
+# Named here too, beside the mappings that they are keys of: those import NumPy and much more, for a page of help.
+_SETS = "tetrominoes, multi-dsprites, clevr"
+_FORMATS = (
+    "images, coco, hdf5, movi, webdataset, tetrominoes, multi-dsprites-binarized, multi-dsprites-on-grayscale, "
+    "multi-dsprites-on-colored, objects-room, clevr-with-masks"
+)
+
 OutFolder = Annotated[Path, typer.Argument(help="gets the folders train and eval")]
 PerShard = Annotated[int, typer.Option(min=1, help="samples in a shard")]
 Local = Annotated[bool, typer.Option("--local", help="work in this process alone, without Ray")]
@@ -33,7 +38,7 @@ Local = Annotated[bool, typer.Option("--local", help="work in this process alone
 
 @shards.command(epilog="For example: slotforge shards make tetrominoes shards --count 60000 --eval 320")
 def make(
-    scenes: Annotated[str | None, typer.Argument(metavar="[SET]", help=f"one of {', '.join(RENDERERS)}")] = None,
+    scenes: Annotated[str | None, typer.Argument(metavar="[SET]", help=f"one of {_SETS}")] = None,
     out: Annotated[Path | None, typer.Argument(help="gets the folders train and eval")] = None,
     count: Annotated[int, typer.Option(min=1, help="training scenes")] = 60_000,
     held_out: Annotated[int, typer.Option("--eval", min=0, help="held-out scenes")] = 320,
@@ -76,7 +81,7 @@ def make(
 def ingest(
     source: Annotated[Path, typer.Argument(help="a folder, a file, or how the names of TFRecord files begin")],
     out: OutFolder,
-    format: Annotated[str, typer.Option(help=f"one of {', '.join(FORMATS)}")] = "images",
+    format: Annotated[str, typer.Option(help=f"one of {_FORMATS}")] = "images",
     size: Annotated[int | None, typer.Option(min=1, help="pixels a side; as they are if not given")] = None,
     crop: Annotated[
         str | None,

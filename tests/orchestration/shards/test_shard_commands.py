@@ -8,16 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from orchestration.cli import app
+from orchestration.shards.cli import shards
 from pipelines import read_index
+from pipelines.ingest import FORMATS
 from pipelines.scenes import RENDERERS
 from pipelines.shards import read_sample
 
 
 def run(*words: object) -> Result:
     return CliRunner().invoke(app, ["shards", *(str(word) for word in words)])
+
+
+def help_of(command: str) -> str:
+    """The help of a command's parameters, as one line: the page wraps it."""
+    context = get_command(shards).commands[command]  # type: ignore[attr-defined]
+    return " ".join(getattr(parameter, "help", "") or "" for parameter in context.params)
 
 
 def pictures(folder: Path, count: int) -> Path:
@@ -107,6 +116,11 @@ def test_wrong_words_exit_with_2_and_a_sentence(tmp_path: Path, words: tuple[str
 @pytest.mark.parametrize("command", ["make", "ingest", "index", "verify", "preview"])
 def test_every_command_teaches_by_an_example(command: str) -> None:
     assert f"slotforge shards {command}" in run(command, "--help").output.replace("\n ", "")
+
+
+def test_the_help_names_every_set_and_format() -> None:
+    assert f"one of {', '.join(RENDERERS)}" in help_of("make")
+    assert f"one of {', '.join(FORMATS)}" in help_of("ingest")
 
 
 def test_a_ray_that_does_not_start_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
