@@ -1,4 +1,4 @@
-"""What all ranks do after the same step: rank 0 decides it, and the others hear of it in time."""
+"""What all ranks do after the same step, and how they end there: rank 0 decides, the others hear of it in time."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-Pause = Literal["save", "stop", "leave"]
+from orchestration.mailbox import Leaving, Stopped
+
+Pause = Literal["save", "stop", "leave", "resize"]
 ANSWER_SECONDS = 60.0  # that rank 0 may take to answer the others
 
 
@@ -26,6 +28,24 @@ def open_board(rank: int, world: int, address: str, agree: Callable[[Callable[[]
         store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience)
     host, port = agree(lambda: (address, store.port if store else 0))
     return store or TCPStore(host, port, is_master=False, timeout=patience)
+
+
+def departure(pause: Pause, done: int, newest: int, saved: bool) -> Stopped | Leaving | None:
+    """How the ranks end when the save of a pause is over; None: they go on.
+
+    Args:
+        pause: what it was for.
+        done: steps that are done.
+        newest: steps of the newest checkpoint.
+        saved: whether this save succeeded.
+    """
+    if pause == "save" or (pause == "resize" and not saved):
+        return None
+    if pause == "stop":
+        return Stopped()
+    if saved:
+        return Leaving(f"saved at step {done}")
+    return Leaving(f"step {done} could not be saved: {done - newest} steps after step {newest} will be done again")
 
 
 class Agreement:

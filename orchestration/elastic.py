@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -71,7 +71,10 @@ class _EndsWithProcesses(_TorchBackend):
 
 
 class SavedResizes(ElasticScalingPolicy):
-    """Resizes by asking the ranks to save and leave; they start anew at the size that there is room for then."""
+    """Resizes by asking the ranks to save and leave; they start anew at the size that there is room for then.
+
+    Where the save fails they stay as they are: a resize is worth no step.
+    """
 
     def __init__(self, scaling_config: ScalingConfig, mailbox: Any) -> None:
         super().__init__(scaling_config)
@@ -88,9 +91,7 @@ class SavedResizes(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(self, *state: Any, **status: Any) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(*state, **status)
         if isinstance(decision, ResizeDecision):
-            text = f"room for {decision.num_workers} workers: saving to resize"
-            self._mailbox.happened.remote(time.time(), "resize", text)
-            self._mailbox.ask.remote("leave")
+            self._mailbox.resize.remote(time.time(), f"room for {decision.num_workers} workers: saving to resize")
         return NoopDecision()
 
 
@@ -114,12 +115,12 @@ class Restarts(DefaultFailurePolicy):
             self._happened("restart", f"workers start anew: {leaving[0]}")
             return FailureDecision.RETRY
         if any(KILLED_FOR_MEMORY in str(error) for error in errors.values()):
-            limit = ray.get(self._mailbox.out_of_memory.remote(), timeout=ANSWER_SECONDS)
+            limit = _answer(self._mailbox.out_of_memory.remote())
             if limit is not None:
                 self._happened("memory", f"out of memory: micro batches of {limit} from now on")
                 return FailureDecision.RETRY
-        steps = ray.get(self._mailbox.steps.remote(), timeout=ANSWER_SECONDS)
-        if steps > self._steps:
+        steps = _answer(self._mailbox.steps.remote())
+        if steps is not None and steps > self._steps:
             self._steps, self._worker_group_failures = steps, 0
         rank, error = min(errors.items(), key=lambda entry: (not isinstance(entry[1], RayActorError), entry[0]))
         self._happened("failure", f"rank {rank} failed: {_first_line(error)}; going on from the last checkpoint")
@@ -167,6 +168,17 @@ def _import_stack(device: str) -> None:
     from orchestration.engine import import_deepspeed
 
     import_deepspeed(device)
+
+
+def _answer(reference: Any) -> int | None:
+    """The mailbox's; None where it takes too long. The failure then counts as one without a new step: an answer to a
+    later one makes that good, and what was asked for is done once the mailbox comes to it."""
+    try:
+        answer: int | None = ray.get(reference, timeout=ANSWER_SECONDS)
+    except GetTimeoutError:
+        logger.warning("the mailbox has not answered in %.0f s; deciding without it", ANSWER_SECONDS)
+        return None
+    return answer
 
 
 def _first_line(error: BaseException) -> str:

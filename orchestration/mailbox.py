@@ -1,9 +1,11 @@
 """Where a driver, its ranks and Ray Train's controller leave word for each other: an actor, no files.
 
-It holds requests to the ranks (save and stop, save and leave), what rank 0 shows, what stopped the ranks for good, and
+It holds requests to the ranks (save and stop, leave or resize), what rank 0 shows, what stopped the ranks for good, and
 the times from which a restart's parts are told. A run's state is not here: that is the run folder's.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,8 +15,11 @@ from orchestration.profiling.profile import StepProfile
 STOP_SECONDS = 60.0  # that the ranks have to save before they are stopped
 SEND_SECONDS = 15.0  # that a driver which stops then gives MLflow to take the rest; it waits in the run's folder
 
-Request = Literal["stop", "leave"]
-"""stop: save, and end the run for now. leave: save, and let the workers be started anew, at another size perhaps."""
+RESIZE_SECONDS = 60.0  # from a resize that could not be saved to the next try
+
+Request = Literal["stop", "leave", "resize"]
+"""stop: save, and end the run for now. leave: save if that can be, and let the workers be started anew: a node goes.
+resize: save, and then let the workers be started anew at another size; or go on where it cannot be saved."""
 
 
 class TrainingError(Exception):
@@ -74,8 +79,10 @@ class News:
 class Mailbox:
     """The actor's class; ``open_mailbox`` starts it."""
 
-    def __init__(self, micro_batch: int | None = None) -> None:
+    def __init__(self, micro_batch: int | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._request: Request | None = None
+        self._no_resize_until = now()
         self._news = News(micro_batch=micro_batch)
         self._marks: dict[str, float] = {}
         self._steps = 0
@@ -87,7 +94,7 @@ class Mailbox:
         It is the controller's word, since its later requests come after it. By the ranks' own word, which comes when
         they have loaded, a node's notice from the seconds before would be forgotten.
         """
-        if self._request == "leave":
+        if self._request != "stop":
             self._request = None
 
     def attempt(self, micro_batch: int) -> None:
@@ -102,6 +109,18 @@ class Mailbox:
         """The driver or the controller wants something of the ranks. A stop is not taken back by a leave."""
         if self._request != "stop":
             self._request = request
+
+    def resize(self, when: float, text: str) -> None:
+        """The controller would like another number of workers. It asks at each of its looks: the first one counts."""
+        if self._request is None and self._now() >= self._no_resize_until:
+            self._request = "resize"
+            self.happened(when, "resize", text)
+
+    def stay(self) -> None:
+        """The ranks could not save for a resize, and go on as they are: not again for a while."""
+        if self._request == "resize":
+            self._request = None
+        self._no_resize_until = self._now() + RESIZE_SECONDS
 
     def request(self) -> Request | None:
         return self._request

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import torch
 
-from orchestration.agreement import Agreement, Pause, open_board
+from orchestration.agreement import Agreement, Pause, departure, open_board
 from orchestration.assembly import Data, build_model, training_order, training_stream
 from orchestration.curves import Curves
 from orchestration.diagnosis import diagnose
@@ -59,7 +59,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
     """What every Ray Train worker runs.
 
     Raises:
-        Leaving: the state is saved and the workers start anew, as was asked; or with smaller micro batches.
+        Leaving: the workers start anew, as was asked, or with smaller micro batches.
         FINAL_ERRORS: the driver is told, and stops.
     """
     mailbox = config["mailbox"]
@@ -162,15 +162,22 @@ def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
         facts = {"steps": report.done, "recipe": recipe.digest(), "world": world, "eval": evaluation.measured}
         saver.save(report.done, engine, points, facts)
         interval.saved(time.perf_counter() - began)
-        if pause in ("stop", "leave"):
-            saver.wait(must=pause == "stop")
-            if world > 1:
-                torch.distributed.barrier()  # or a rank that is done would end the others before they have saved
-            if pause == "leave":
-                raise Leaving(f"saved at step {report.done}")
-            if rank == 0:
-                ray.get(mailbox.stopped.remote())
-            raise Stopped
+        if pause in (None, "save"):
+            return
+        heard = saver.wait(must=pause == "stop")
+        saved, newest = _agree(lambda: (heard, saver.newest or start), rank)  # rank 0 has committed it, or not
+        end = departure(pause, report.done, newest, saved)
+        if end is None:
+            if driver is not None:
+                driver.stay()
+            return
+        if driver is not None and not saved:
+            logger.warning("%s", end)
+        if world > 1:
+            torch.distributed.barrier()  # or a rank that is done would end the others before they have saved
+        if rank == 0 and isinstance(end, Stopped):
+            ray.get(mailbox.stopped.remote())
+        raise end
 
     hooks: list[tuple[str, Hook]] = [("logging", back), ("logging", curves.record)]
     if driver is not None:
@@ -259,6 +266,12 @@ class DriverLine:
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             self._request, self._answer = ray.get(self._answer), None
         return self._request
+
+    def stay(self) -> None:
+        """The ranks could not save for a resize. What has been heard until now may still be its wish: ask anew."""
+        logger.warning("no resize for now: it could not be saved; training goes on")
+        ray.get(self._mailbox.stay.remote())
+        self._request = self._answer = None
 
     def recovery(self) -> dict[str, float]:
         """Seconds of the parts of the restart that has just ended; see orchestration.recovery."""

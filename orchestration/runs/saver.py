@@ -100,8 +100,8 @@ class Saver:
         self._over.clear()
         self._jobs.put((steps, list(self._unsaved), dict(facts)))
 
-    def wait(self, must: bool = False) -> None:
-        """Until the last save is over.
+    def wait(self, must: bool = False) -> bool:
+        """Until the last save is over; whether it succeeded, as far as this rank has heard.
 
         Args:
             must: it must have succeeded: what follows relies on it.
@@ -119,6 +119,7 @@ class Saver:
                 f"{self._failure}; see to the storage and give the same command again: it goes on from the newest "
                 f"checkpoint there, {f'of step {self._newest}' if self._newest else 'if there is one'}"
             )
+        return self._failure is None
 
     def _work(self) -> None:
         """The thread."""

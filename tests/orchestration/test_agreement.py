@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestration.agreement import Agreement, Pause, open_board
+from orchestration.agreement import Agreement, Pause, departure, open_board
+from orchestration.mailbox import Leaving, Stopped
 
 
 def run(world: int, wishes: dict[int, Pause], steps: int = 12, start: int = 0) -> list[list[tuple[int, Pause | None]]]:
@@ -51,14 +52,26 @@ def run(world: int, wishes: dict[int, Pause], steps: int = 12, start: int = 0) -
         {3: "save", 4: "stop", 5: "save"},
         {2: "leave"},
         {6: "save", 12: "stop"},
+        {3: "resize", 5: "save", 8: "leave"},
     ],
-    ids=["none", "first", "every", "save then stop", "leave", "at the end"],
+    ids=["none", "first", "every", "save then stop", "leave", "at the end", "a resize that was not saved"],
 )
 def test_every_rank_does_what_rank_0_wants_after_the_same_step(world: int, wishes: dict[int, Pause]) -> None:
-    last = min((step for step, pause in wishes.items() if pause != "save"), default=12)
+    last = min((step for step, pause in wishes.items() if pause in ("stop", "leave")), default=12)
     assert run(world, wishes) == [[(step, wishes.get(step)) for step in range(1, last + 1)]] * world
 
 
 def test_a_resumed_run_counts_from_where_it_begins() -> None:
     expected = [(step, {101: "save", 104: "leave"}.get(step)) for step in range(101, 105)]
     assert run(3, {101: "save", 104: "leave"}, start=100) == [expected] * 3
+
+
+def test_a_resize_without_a_checkpoint_is_not_done_and_a_node_that_goes_is_left_all_the_same() -> None:
+    assert departure("resize", 40, 30, saved=False) is None
+    assert departure("save", 40, 40, saved=True) is None
+    assert isinstance(departure("stop", 40, 40, saved=True), Stopped)
+    for pause in ("resize", "leave"):
+        saved = departure(pause, 40, 40, saved=True)
+        assert isinstance(saved, Leaving) and str(saved) == "saved at step 40"
+    lost = departure("leave", 40, 33, saved=False)
+    assert isinstance(lost, Leaving) and "7 steps after step 33 will be done again" in str(lost)

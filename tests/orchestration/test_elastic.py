@@ -78,6 +78,21 @@ def test_a_worker_killed_for_its_memory_comes_back_with_smaller_micro_batches(bo
     assert decide(policy, killed) == "RAISE"
 
 
+def test_a_mailbox_that_is_slow_stops_no_restart(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestration import elastic
+
+    def slow(value: Any, timeout: float | None = None) -> Any:
+        raise elastic.GetTimeoutError("Get timed out")
+
+    monkeypatch.setattr(elastic.ray, "get", slow)
+    policy = restarts(box)
+    box.attempt(8)
+    assert decide(policy, RuntimeError("killed: the node is running low on memory")) == "RETRY"
+    assert box.micro_batch() == 4, "what was asked of it is done all the same"
+    assert decide(policy, RuntimeError("lost")) == "RETRY"
+    assert decide(policy, RuntimeError("lost")) == "RAISE", "without an answer each failure counts"
+
+
 def test_a_resize_is_asked_for_and_not_done(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
     from ray.train.v2.api.config import ScalingConfig
@@ -93,7 +108,7 @@ def test_a_resize_is_asked_for_and_not_done(box: Mailbox, monkeypatch: pytest.Mo
     assert isinstance(policy.make_decision_for_running_worker_group(grown=False), NoopDecision)
     assert box.request() is None
     assert isinstance(policy.make_decision_for_running_worker_group(grown=True), NoopDecision)
-    assert box.request() == "leave"
+    assert box.request() == "resize"
 
 
 def test_nodes_that_are_dead_or_about_to_go_have_no_room(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:

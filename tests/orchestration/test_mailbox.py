@@ -3,7 +3,7 @@
 import pytest
 
 from orchestration.events import Event
-from orchestration.mailbox import Failure, Mailbox
+from orchestration.mailbox import RESIZE_SECONDS, Failure, Mailbox
 from orchestration.recovery import recovery_line, recovery_parts
 
 LIVE = {"when": 100.0, "step": 7, "loss": 0.5, "kept": 3.0, "images_per_second": 10.0}
@@ -40,6 +40,26 @@ def test_a_stop_outlives_a_restart_and_a_resize_does_not() -> None:
     assert not box.news().stopped
     box.stopped()
     assert box.news().stopped
+
+
+def test_a_resize_that_cannot_be_saved_is_tried_again_later_and_a_node_that_goes_is_left_at_once() -> None:
+    clock = [100.0]
+    box = Mailbox(now=lambda: clock[0])
+    for when in (1.0, 2.0):  # the controller says it at each of its looks
+        box.resize(when, "room for 3 workers")
+    assert box.show(LIVE) == "resize"
+    assert [event.when for event in box.news().events] == [1.0]
+    box.stay()
+    box.resize(3.0, "room for 3 workers")
+    assert box.request() is None and not box.news().events
+    clock[0] += RESIZE_SECONDS
+    box.resize(4.0, "room for 3 workers")
+    assert box.request() == "resize"
+    box.ask("leave")
+    box.stay()  # of the resize: the node goes all the same
+    assert box.request() == "leave"
+    box.starting()
+    assert box.request() is None
 
 
 def test_the_first_failure_counts() -> None:
