@@ -92,8 +92,9 @@ def state_memory(size: ModelSize, stage: int, workers: int) -> StateMemory:
     """Bytes of a rank's weights, gradients and Adam's moments, all fp32, as DeepSpeed's ZeRO shares them out.
 
     Stage 0 shares nothing, 1 the moments, 2 the gradients as well, 3 everything (Rajbhandari et al. 2020, sec. 5). From
-    stage 1 on each rank also keeps a copy of its share of the weights, which Adam steps. DeepSpeed's padding, and its
-    communication buckets (64 MiB each at most), come on top.
+    stage 1 on each rank also keeps a copy of its share of the weights, which Adam steps. Stage 3 leaves small tensors
+    gathered on every rank, beside its share of them. DeepSpeed's padding, and its communication buckets (64 MiB each at
+    most), come on top.
 
     Raises:
         ValueError: the stage or the number of workers is out of range.
@@ -106,8 +107,9 @@ def state_memory(size: ModelSize, stage: int, workers: int) -> StateMemory:
     def shared(values: int, since: int) -> float:
         return 4 * values / (workers if stage >= since else 1)
 
+    gathered = 4 * (size.trained - size.large) if stage == 3 and workers > 1 else 0
     return StateMemory(
-        weights=shared(size.parameters, 3),
+        weights=shared(size.parameters, 3) + gathered,
         copy=shared(size.trained, 1) if stage > 0 else 0.0,
         gradients=shared(size.trained, 2),
         moments=2 * shared(size.trained, 1),

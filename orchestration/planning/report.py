@@ -247,6 +247,11 @@ def _sample_seconds(recipe: Recipe, given: Assumptions) -> tuple[float | None, s
         return seconds / (count * size), f"from a step of {seconds:g} s for {batch} images on {workers} workers"
     if given.step_seconds is not None:
         workers = given.step_workers or recipe.parallel.workers.min
+        if workers > recipe.train.batch_size:
+            raise RecipeError(
+                f"--step-workers: {workers} is more than train.batch_size: {recipe.train.batch_size}, so some had no "
+                "image; give the number of workers that the step ran on, at most one for each image"
+            )
         count, size = micro_batches(recipe.train.batch_size, workers, recipe.train.micro_batch)
         return given.step_seconds / (count * size), f"from a step of {given.step_seconds:g} s on {workers} workers"
     if not given.measure:

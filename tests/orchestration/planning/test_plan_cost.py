@@ -76,7 +76,7 @@ def test_a_model_is_counted_as_it_is_made_and_saved(
 
 def test_zero_memory_by_hand() -> None:
     """12 parameters, 8 of them trained, on 4 ranks; 100 bytes of buffers."""
-    size = ModelSize(parameters=12, trained=8, buffer_bytes=100)
+    size = ModelSize(parameters=12, trained=8, buffer_bytes=100, large=8)
     by_hand = {  # weights, copy, gradients, moments
         0: (48, 0, 32, 64),
         1: (48, 8, 32, 16),
@@ -87,6 +87,8 @@ def test_zero_memory_by_hand() -> None:
         found = state_memory(size, stage, 4)
         assert (found.weights, found.copy, found.gradients, found.moments) == by_hand[stage]
         assert found.buffers == 100 and found.total == sum(by_hand[stage]) + 100
+    small = dataclasses.replace(size, large=5)  # 3 values in tensors that stay gathered: 12 bytes on each rank
+    assert state_memory(small, 3, 4).weights == 12 + 12 and state_memory(small, 2, 4) == state_memory(size, 2, 4)
     for stage in STAGES:
         alone, without = state_memory(size, stage, 1), state_memory(size, 0, 1)
         assert alone.total - alone.copy == without.total  # sharing with nobody saves nothing
@@ -290,6 +292,7 @@ WRONG = [
     (["--disk-mb-per-second", "0"], "--disk-mb-per-second: 0.0"),
     (["--price-per-hour", "-3"], "--price-per-hour: -3.0"),
     (["--step-workers", "2"], "--step-workers: 2"),
+    (["--step-workers", "17", "--step-seconds", "1"], "--step-workers: 17 is more than train.batch_size: 16"),
     (["--set", "train.stepps=1"], "train.stepps"),
     (["--set", "model.attention={kind: heads, heads: 0}"], "model.attention.heads: 0"),
     (["--set", "model.decoder={patch: 3}"], "model: decoder.patch: 3"),
