@@ -22,9 +22,10 @@ from orchestration.worker import Hook, StepReport, train
 from pipelines import micro_batches
 
 pytestmark = pytest.mark.slow
-ROUTE = [(2, 2), (5, 3), (1, 0), (3, 1), (2, 2)]
-"""(workers, ZeRO stage) of each attempt. An epoch is 12 steps of 18 samples, the last of 2: fewer than 5 workers."""
-SEGMENT = 6
+ROUTE = [(2, 2), (1, 0), (5, 3), (3, 1), (2, 2)]
+"""(workers, ZeRO stage) of each attempt. An epoch is 12 steps of 18 samples, the last of 2: fewer than the 5 workers
+of the attempt that it falls into, the third."""
+SEGMENT = 5
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 Curve = dict[str, list[float]]
 
@@ -130,13 +131,16 @@ def test_after_every_resize_the_run_goes_on_as_if_there_had_been_none(
     engine = PlainEngine(model, clip_norm=recipe.train.clip_norm, precision=precision)
     if moments is not None:
         engine.load_moments(moments, start)
-    theirs = steps(engine, recipe, data, start, start + 5, 0, 1)
+    theirs = steps(engine, recipe, data, start, start + SEGMENT, 0, 1)
 
     wide = precision == "bf16"
     for name in ("loss/total", "loss/reconstruction"):
         assert ours[name][0] == pytest.approx(theirs[name][0], rel=1e-2 if wide else 1e-6), name
-        assert ours[name][:5] == pytest.approx(theirs[name], rel=1e-2 if wide else 1e-5), name
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-2 if wide else 1e-5), name
     assert ours["train/gradient_norm"][0] == pytest.approx(theirs["train/gradient_norm"][0], rel=2e-2 if wide else 1e-5)
-    assert ours["slots/kept_mean"][:5] == pytest.approx(theirs["slots/kept_mean"], rel=1e-2 if wide else 1e-6)
+    slots = {name for name in theirs if name.startswith("slots/")}
+    assert slots == {name for name in ours if name.startswith("slots/")}
+    for name in slots:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-2 if wide else 1e-6), name
     assert ours["train/world_size"] == [world] * SEGMENT
     assert max(theirs["train/gradient_norm"]) > recipe.train.clip_norm, "nothing was clipped"
