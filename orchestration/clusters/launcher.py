@@ -13,6 +13,7 @@ from orchestration.clusters.startup import (
     network_problems,
     notice_problems,
     ray_start_problems,
+    shared_problems,
     tracking_problems,
 )
 
@@ -41,6 +42,7 @@ def launcher_problems(config: Config) -> Iterator[str]:
     yield from docker_image_problems(prepared)
     yield from network_problems(kind, prepared)
     yield from ray_start_problems(prepared)
+    yield from shared_problems(prepared)
     yield from install_problems(kind, prepared)
     yield from tracking_problems(prepared)
 

@@ -94,6 +94,11 @@ def starts(path: str, command: str, program: Sequence[str]) -> Iterator[Start]:
             yield Start(path, env, rest[len(program) :])
 
 
+def in_background(command: str, program: str) -> bool:
+    """Whether a shell command starts a program and does not wait for its end."""
+    return re.search(rf"\b{re.escape(program)}\b.*(?<![&>])&(?![&>])", command, re.DOTALL) is not None
+
+
 def all_starts(section: str, commands: Sequence[str], program: str) -> list[Start]:
     """Each start of a program in a list of commands."""
     return [

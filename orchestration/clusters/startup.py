@@ -10,6 +10,7 @@ from orchestration.clusters.rules import (
     Start,
     all_starts,
     image_problems,
+    in_background,
     mlflow_problems,
     part,
     parts,
@@ -134,6 +135,7 @@ def notice_problems(provider: str, prepared: Config) -> Iterator[str]:
             "worker_start_ray_commands: nobody watches for spot notices, so a machine goes without a word; start "
             f"nohup setsid python -m orchestration.clusters.spot {provider} after ray start, in the background"
         )
+    yield from _waiting("worker_start_ray_commands", commands, "python -m orchestration.clusters.spot")
     for watcher in watchers:
         cloud = next((word for word in watcher.arguments if not word.startswith(("-", ">", "<"))), None)
         if cloud != provider:
@@ -175,7 +177,8 @@ def install_problems(provider: str, prepared: Config) -> Iterator[str]:
 
 
 def tracking_problems(prepared: Config) -> Iterator[str]:
-    servers = all_starts("head_start_ray_commands", prepared["head_start_ray_commands"], "mlflow server")
+    commands = prepared["head_start_ray_commands"]
+    servers = all_starts("head_start_ray_commands", commands, "mlflow server")
     if not servers:
         yield (
             "head_start_ray_commands: no MLflow server is started, so curves stay in a file that only one driver sees; "
@@ -183,15 +186,42 @@ def tracking_problems(prepared: Config) -> Iterator[str]:
         )
     for server in servers:
         yield from mlflow_problems(server, mounted_folders(prepared))
+    yield from _waiting("head_start_ray_commands", commands, "mlflow server")
+
+
+def shared_problems(prepared: Config) -> Iterator[str]:
+    """A folder that containers share with their machine is one of all nodes only where a shared disk is mounted."""
+    homes = {start.env.get("SLOTFORGE_HOME", "") for start in head_starts(prepared) + worker_starts(prepared)}
+    commands = texts(prepared, "initialization_commands")
+    for machine, container in _mounts(prepared):
+        mounted = rf"\bmount(point)?\b.*\s{re.escape(machine)}(\s|$)"
+        if any(within(home, [container]) for home in homes) and not any(re.search(mounted, each) for each in commands):
+            yield (
+                f"initialization_commands: nothing is mounted at {machine}, so SLOTFORGE_HOME differs from node to node; "
+                f"mount shared storage there, or where the image does it say mountpoint -q {machine}"
+            )
 
 
 def mounted_folders(prepared: Config) -> list[str]:
     """What containers see of their machine's folders."""
-    return [
-        option.split()[-1].split(":")[1]
-        for option in texts(prepared.get("docker"), "run_options")
-        if re.match(r"(-v|--volume)[ =]\S+:\S+", option)
-    ]
+    return [container for _, container in _mounts(prepared)]
+
+
+def _mounts(prepared: Config) -> list[tuple[str, str]]:
+    """(folder of the machine, where its container sees it)."""
+    found = []
+    for option in texts(prepared.get("docker"), "run_options"):
+        if re.match(r"(-v|--volume)[ =]\S+:\S+", option):
+            machine, container = re.split(r"[ =]", option, maxsplit=1)[1].split()[0].split(":")[:2]
+            found.append((machine.rstrip("/"), container))
+    return found
+
+
+def _waiting(section: str, commands: list[str], program: str) -> Iterator[str]:
+    """Servers that `ray up` would wait for."""
+    for i, command in enumerate(commands):
+        if all_starts("", [command], program) and not in_background(command, program):
+            yield f"{section}[{i}]: {program} does not end, and ray up waits for it; end the command with &"
 
 
 def head_starts(prepared: Config) -> list[Start]:

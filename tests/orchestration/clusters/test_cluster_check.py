@@ -23,7 +23,7 @@ from orchestration.clusters.check import ClusterFileError, check_cluster
 from orchestration.clusters.kuberay import kuberay_problems
 from orchestration.clusters.launcher import launcher_problems, prepare
 from orchestration.clusters.machines import AWS, RUN_INSTANCES
-from orchestration.clusters.rules import pinned_ray, secret_problems, starts
+from orchestration.clusters.rules import in_background, pinned_ray, secret_problems, starts
 
 ROOT = Path(__file__).parents[3]
 FILES = {"aws": ROOT / "cluster.yaml", "gcp": ROOT / "clusters/gcp.yaml", "k8s": ROOT / "clusters/kuberay-rayjob.yaml"}
@@ -130,6 +130,22 @@ MISTAKES: list[tuple[str, str, Any, str, str]] = [
         "head_start_ray_commands[3]",
         "RAY_enable_autoscaler_v2=1",
     ),
+    (
+        "aws",
+        "head_start_ray_commands[2]",
+        lambda command: command.rstrip().removesuffix("&"),
+        "head_start_ray_commands[2]",
+        "ray up waits",
+    ),
+    (
+        "aws",
+        "worker_start_ray_commands[3]",
+        lambda command: command.rstrip().removesuffix("&"),
+        "worker_start_ray_commands[3]",
+        "ray up waits",
+    ),
+    ("aws", "initialization_commands", [], "initialization_commands", "nothing is mounted at /shared"),
+    ("gcp", "initialization_commands[1]", "true", "initialization_commands", "nothing is mounted at /shared"),
     ("aws", "docker.worker_image", replaced("2.60.0", "2.59.0"), "docker.worker_image", "pins"),
     ("aws", "docker.worker_image", "rayproject/ray:latest", "docker.worker_image", "no version"),
     ("aws", "docker.worker_image", "rayproject/ray", "docker.worker_image", "no tag"),
@@ -586,6 +602,13 @@ def test_commands_are_read_as_a_shell_does(command: str, tmp_path: Path) -> None
     env = {"PATH": f"{program.parent}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
     subprocess.run(["bash", "-c", f"{command.removesuffix('&')}"], env=env, cwd=tmp_path, check=True, timeout=20)
     assert start.env["A"] == (tmp_path / "out").read_text().strip() == "1"
+
+
+def test_what_runs_in_the_background_is_told_from_what_is_waited_for() -> None:
+    for waits in ("prog x", "prog x && next", "prog x > log 2>&1", "prog x &> log", "sleep 9 & prog x"):
+        assert not in_background(waits, "prog x")
+    for returns in ("prog x &", "prog x > log 2>&1 & disown", "cd / && nohup prog x&"):
+        assert in_background(returns, "prog x")
 
 
 def test_secrets_are_told_from_references() -> None:
