@@ -156,6 +156,7 @@ def killed_while_it_sends(run: Run, line: Line, batch: int, arrives: float) -> N
     assert run.newest_step() < STEPS, "the kill came too late to test anything"
 
 
+@pytest.mark.slow
 def test_a_driver_killed_while_it_sends_leaves_every_point_once(
     twin: tuple[Run, str], server: str, line: tuple[Line, str]
 ) -> None:
