@@ -15,7 +15,9 @@ def test_a_second_run_from_the_logged_recipe_has_the_first_ones_curve(twin: tupl
     logged = first.client.download_artifacts(first.run_id, "recipe.yaml", str(tmp_path))
     again = Run(tmp_path / "elsewhere", "again")
     command = [sys.executable, "-m", "orchestration.train", "--recipe", logged, "--set", "name=again"]
-    done = subprocess.run(command, env=again.environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    done = subprocess.run(
+        command, env=again.environment, capture_output=True, text=True, check=False, timeout=3 * PATIENCE
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = again.curves(), first.curves()
     assert ours.keys() == theirs.keys()
