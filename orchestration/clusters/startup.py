@@ -197,7 +197,7 @@ def shared_problems(prepared: Config) -> Iterator[str]:
         mounted = rf"\bmount(point)?\b.*\s{re.escape(machine)}(\s|$)"
         if any(within(home, [container]) for home in homes) and not any(re.search(mounted, each) for each in commands):
             yield (
-                f"initialization_commands: nothing is mounted at {machine}, so SLOTFORGE_HOME differs from node to node; "
+                f"initialization_commands: nothing is mounted at {machine}, so each node has its own SLOTFORGE_HOME; "
                 f"mount shared storage there, or where the image does it say mountpoint -q {machine}"
             )
 
