@@ -100,7 +100,9 @@ class Restarts(DefaultFailurePolicy):
 
     def __init__(self, failure_config: FailureConfig, mailbox: Any, final: tuple[type[Exception], ...]) -> None:
         super().__init__(failure_config)
-        self._mailbox, self._final = mailbox, final
+        self._mailbox = mailbox
+        # By name: the controller, which makes this anew, would import all of a rank's code before it starts workers.
+        self._final = frozenset(_name(kind) for kind in final)
         self._steps = 0
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
@@ -108,7 +110,7 @@ class Restarts(DefaultFailurePolicy):
         if not isinstance(training_failed_error, WorkerGroupError):
             return super().make_decision(training_failed_error)
         errors = training_failed_error.worker_failures
-        if any(isinstance(error, self._final) for error in errors.values()):
+        if any(self._is_final(error) for error in errors.values()):
             return FailureDecision.RAISE
         leaving = [str(error) for error in errors.values() if isinstance(error, Leaving)]
         if leaving:
@@ -125,6 +127,9 @@ class Restarts(DefaultFailurePolicy):
         rank, error = min(errors.items(), key=lambda entry: (not isinstance(entry[1], RayActorError), entry[0]))
         self._happened("failure", f"rank {rank} failed: {_first_line(error)}; going on from the last checkpoint")
         return super().make_decision(training_failed_error)
+
+    def _is_final(self, error: Exception) -> bool:
+        return any(_name(kind) in self._final for kind in type(error).__mro__)
 
     def _happened(self, kind: Kind, text: str) -> None:
         self._mailbox.happened.remote(time.time(), kind, text)
@@ -179,6 +184,10 @@ def _answer(reference: Any) -> int | None:
         logger.warning("the mailbox has not answered in %.0f s; deciding without it", ANSWER_SECONDS)
         return None
     return answer
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _first_line(error: BaseException) -> str:
