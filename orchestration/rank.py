@@ -32,7 +32,7 @@ from orchestration.runs.lease import LeaseLostError, check_lease
 from orchestration.runs.saver import NotSavedError, Saver, new_token
 from orchestration.schedule import Schedule
 from orchestration.worker import DivergedError, Hook, StepReport, train
-from pipelines import DataError, micro_batches
+from pipelines import DataError, Sources, micro_batches
 from pipelines.sets import place_of
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,8 @@ def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
             saver.wait(must=True)
         except DivergedError as error:
             error.step = error.step or done
-            error.facts = diagnose(error, model, training_order(recipe, data.train), data.train)
+            sources = Sources(tries=1, timeout=recipe.data.timeout, allow_pipe=recipe.data.allow_pipe)
+            error.facts = diagnose(error, model, training_order(recipe, data.train), data.train, sources)
             raise
 
 

@@ -7,7 +7,7 @@ index.json                  per shard: name, bytes, checksum, samples; written l
 
 from pipelines.shards.checks import expected_kinds, unlisted, verify, verify_shard
 from pipelines.shards.files import INDEX, Sidecar, parse_index, parse_sidecar, read_index, read_sidecar
-from pipelines.shards.scan import kinds, natural, read_sample, scan, scan_samples, tar_names
+from pipelines.shards.scan import kinds, natural, parse_sample, read_sample, scan, scan_samples, tar_names
 from pipelines.shards.writing import INDEXED, index_folder, index_shard, kept_shard, write_index, write_shard
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "kinds",
     "natural",
     "parse_index",
+    "parse_sample",
     "parse_sidecar",
     "read_index",
     "read_sample",

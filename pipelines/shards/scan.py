@@ -72,12 +72,20 @@ def read_sample(folder: Path | str, name: str, row: int) -> tuple[str, dict[str,
     try:
         with (folder / name).open("rb") as file:
             file.seek(offsets[row])
-            part = file.read(offsets[row + 1] - offsets[row])
-        with tarfile.open(fileobj=io.BytesIO(part + bytes(2 * tarfile.BLOCKSIZE)), mode="r:") as tar:
-            (group,), _ = groups_of(tar)
-            return group.key, members_of(tar, group)
+            return parse_sample(file.read(offsets[row + 1] - offsets[row]))
     except (OSError, IndexError, tarfile.TarError, ValueError) as error:
         raise DataError(f"{folder / name}: row {row} cannot be read ({error}); verify the set") from error
+
+
+def parse_sample(content: bytes) -> tuple[str, dict[str, bytes]]:
+    """(key, members) of one sample, from its bytes in a shard.
+
+    Raises:
+        tarfile.TarError, ValueError: they are no sample.
+    """
+    with tarfile.open(fileobj=io.BytesIO(content + bytes(2 * tarfile.BLOCKSIZE)), mode="r:") as tar:
+        (group,), _ = groups_of(tar)
+        return group.key, members_of(tar, group)
 
 
 def kinds(members: Iterable[str]) -> frozenset[str]:

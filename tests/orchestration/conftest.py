@@ -1,5 +1,7 @@
 """A small recipe, its shards, and a state folder of its own for every test."""
 
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from orchestration.recipe import Recipe, parse_recipe
 from pipelines import write_index
 from pipelines.scenes import Tetrominoes, render_shard
 
+BUCKET = "runs"
 FIELDS = {
     "name": "small",
     "data": {"scenes": {"pieces": [1, 3], "grid": 5, "cell": 2, "train": 200, "eval": 30, "per_shard": 50}},
@@ -56,3 +59,34 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     write_index(folder / "train", [render_shard(folder / "train", scenes, 0, shard, 50) for shard in range(4)], about)
     write_index(folder / "eval", [render_shard(folder / "eval", scenes, 0, 4, 30)], about)
     return Data(folder / "train", folder / "eval")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A real S3 server with a bucket; its address."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=url, **keys).create_bucket(Bucket=BUCKET)
+    yield url
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address in a bucket that nobody else uses."""
+    settings = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{secrets.token_hex(8)}"

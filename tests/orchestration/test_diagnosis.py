@@ -5,6 +5,7 @@ import tarfile
 
 import pytest
 import torch
+from pyarrow.fs import FileSystem, copy_files
 
 from orchestration.assembly import Data, build_model, training_order, training_stream
 from orchestration.curves import Curves
@@ -13,6 +14,8 @@ from orchestration.engine import PlainEngine
 from orchestration.recipe import Recipe
 from orchestration.schedule import Schedule
 from orchestration.worker import DivergedError, StepReport, train
+from pipelines import Sources
+from pipelines.sets import place_of
 
 
 def test_a_diagnosis_names_the_step_its_samples_and_what_is_not_finite(recipe: Recipe, data: Data) -> None:
@@ -31,7 +34,7 @@ def test_a_diagnosis_names_the_step_its_samples_and_what_is_not_finite(recipe: R
         curves.take()
 
     order = training_order(recipe, data.train)
-    facts = json.loads(json.dumps(diagnose(caught.value, model, order, data.train), allow_nan=False))
+    facts = json.loads(json.dumps(diagnose(caught.value, model, order, data.train, Sources()), allow_nan=False))
     assert facts["step"] == 5
     assert facts["losses"]["5"] == "nan"
     assert all(isinstance(facts["losses"][step], float) for step in "1234")
@@ -42,6 +45,21 @@ def test_a_diagnosis_names_the_step_its_samples_and_what_is_not_finite(recipe: R
         assert sample["key"] == keys[sample["row"]]
     name, parameter = next(iter(model.named_parameters()))
     assert facts["weights"][name] == {"norm": "nan", "not_finite": parameter.numel(), "of": parameter.numel()}
+
+
+def test_keys_of_shards_from_afar_are_read_where_they_lie(
+    recipe: Recipe, data: Data, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, _ = FileSystem.from_uri(s3)
+    copy_files(str(data.train), s3.removeprefix("s3://"), destination_filesystem=remote)
+    model, order, sources = build_model(recipe), training_order(recipe, data.train), Sources(tries=1, timeout=5)
+    error = DivergedError("loss/total: nan", 3)
+    here = diagnose(error, model, order, data.train, sources)["samples"]
+    assert diagnose(error, model, order, place_of(s3), sources)["samples"] == here
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
+    silent = diagnose(error, model, order, place_of(s3), Sources(tries=1, timeout=1))["samples"]
+    assert len({sample.pop("key") for sample in silent}) == 1, "storage that does not answer was asked again"
+    assert silent == [{name: value for name, value in sample.items() if name != "key"} for sample in here]
 
 
 def test_memory_that_runs_out_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
