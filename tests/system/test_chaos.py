@@ -99,7 +99,7 @@ def test_at_one_size_the_curve_is_the_twins_bit_for_bit(twin: tuple[Run, str], t
 
 
 def test_nodes_come_and_go(home: Path, tmp_path: Path) -> None:
-    ledger, long = tmp_path / "ledger", ("train.steps=1500", "evaluate.every=1500")
+    ledger, long = tmp_path / "ledger", ("train.steps=2500", "evaluate.every=2500")
     undisturbed = Run(home, "calm", long)
     code, output = undisturbed.finish(undisturbed.start())
     assert code == 0, output
