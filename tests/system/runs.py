@@ -39,7 +39,7 @@ RECIPE = {
     "tracking": {"every": 10},
     "evaluate": {"every": 150, "batch_size": 32},
 }
-PATIENCE = 240  # seconds that a step of a test may take on a busy machine
+PATIENCE = 480  # seconds that a step of a test may take on a busy machine
 
 
 @dataclass
