@@ -16,9 +16,11 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -51,13 +53,18 @@ class _Cut(NamedTuple):
     content: bytes
     offsets: tuple[int, ...]
 
+    def sums(self) -> tuple[int, ...]:
+        """CRC-32 of each row."""
+        return tuple(zlib.crc32(self.content[begin:end]) for begin, end in pairwise(self.offsets))
+
 
 class Reader:
     """Holds the newest window of every open lane, undecoded.
 
     A shard is compared with its checksum as a whole before any of it is used: a verdict must not depend on who reads
     which part. On this machine and in the cache its rows are then read alone. Elsewhere, without a cache, it comes
-    whole the first time, and by ranges after that, as long as the storage says that it is still the same.
+    whole the first time, and by ranges after that, as long as the storage says that it is still the same and each row
+    matches the checksum in its sidecar.
 
     Args:
         plan: of the set.
@@ -75,8 +82,8 @@ class Reader:
         self._members = {*IMAGE_MEMBERS, "json", *(MASK_MEMBERS if with_masks else ())}
         self._windows: dict[int, tuple[Window, dict[int, Raw | Fault]]] = {}  # by lane
         self._checked: dict[int, Fault | Version] = {}  # by shard: bad, or the version that was found good
-        self._offsets: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # of the open windows' shards
-        self._most_offsets = 2 * plan.lanes * (plan.window * plan.parts + 1)
+        self._sidecars: OrderedDict[int, Sidecar] = OrderedDict()  # of the open windows' shards
+        self._most_sidecars = 2 * plan.lanes * (plan.window * plan.parts + 1)
 
     def window(self, window: Window) -> Mapping[int, Raw | Fault]:
         """Every sample of a window by its number in the set; it takes the place of its lane's window before."""
@@ -168,13 +175,8 @@ class Reader:
     def _from_afar(self, piece: Piece, url: str) -> _Cut:
         shard = self._plan.index.shards[piece.shard]
         version = self._checked.get(piece.shard)
-        if isinstance(version, Version) and version.tag and version.ranges:
-            offsets = self._offsets_of(piece.shard, None)
-            try:
-                content = self._sources.read_range(url, offsets[piece.first], offsets[piece.last], version)
-                return _Cut(content, _relative(offsets, piece))
-            except ChangedError:
-                logger.warning("%s: changed since it was checked; it is checked again", shown(url))
+        if isinstance(version, Version) and (cut := self._from_range(piece, url, version)) is not None:
+            return cut
         for _ in range(2):  # once more: the way here may be at fault
             whole = bytearray(shard.bytes)
 
@@ -188,26 +190,44 @@ class Reader:
                 return self._cut(piece, io.BytesIO(whole))
         raise ContentError(_MISMATCH)
 
+    def _from_range(self, piece: Piece, url: str, version: Version) -> _Cut | None:
+        """The bytes of a piece of a shard that was found good; None where it has to be read whole."""
+        if not (version.tag and version.ranges):
+            return None
+        try:
+            sidecar = self._sidecar(piece.shard, None)
+            if not sidecar.crc32:
+                return None
+            begin, end = sidecar.offsets[piece.first], sidecar.offsets[piece.last]
+            cut = _Cut(self._sources.read_range(url, begin, end, version), _relative(sidecar.offsets, piece))
+        except ChangedError:
+            logger.warning("%s: changed since it was checked; it is checked again", shown(url))
+            return None
+        if cut.sums() != sidecar.crc32[piece.first : piece.last]:
+            logger.warning("%s: a part of it came damaged; it is checked again", shown(url))
+            return None
+        return cut
+
     def _save(self, piece: Piece, file: BinaryIO) -> None:
         shard = self._plan.index.shards[piece.shard]
         version = self._sources.fetch(self._url(piece.shard), shard.bytes, _writer(file))
         _check_size(version.size, shard.bytes)
 
     def _cut(self, piece: Piece, file: BinaryIO) -> _Cut:
-        offsets = self._offsets_of(piece.shard, file)
+        offsets = self._sidecar(piece.shard, file).offsets
         file.seek(offsets[piece.first])
         return _Cut(file.read(offsets[piece.last] - offsets[piece.first]), _relative(offsets, piece))
 
-    def _offsets_of(self, number: int, file: BinaryIO | None) -> tuple[int, ...]:
+    def _sidecar(self, number: int, file: BinaryIO | None) -> Sidecar:
         """Where each row of a shard begins, and the last one ends; `file` is the whole shard, found good."""
-        if number not in self._offsets:
-            self._offsets[number] = self._found_offsets(number, file)
-            if len(self._offsets) > self._most_offsets:
-                self._offsets.popitem(last=False)
-        self._offsets.move_to_end(number)
-        return self._offsets[number]
+        if number not in self._sidecars:
+            self._sidecars[number] = self._found_sidecar(number, file)
+            if len(self._sidecars) > self._most_sidecars:
+                self._sidecars.popitem(last=False)
+        self._sidecars.move_to_end(number)
+        return self._sidecars[number]
 
-    def _found_offsets(self, number: int, file: BinaryIO | None) -> tuple[int, ...]:
+    def _found_sidecar(self, number: int, file: BinaryIO | None) -> Sidecar:
         shard, folder = self._plan.index.shards[number], self._home(number)
         try:
             sidecar = fetch_sidecar(folder, shard.name, self._sources)
@@ -226,7 +246,7 @@ class Reader:
                     f"{shown(self._url(number))}: {sidecar.shard.samples} samples, the index says {shard.samples}; "
                     "index the folder again"
                 ) from None
-        return sidecar.offsets
+        return sidecar
 
     def _url(self, number: int) -> str:
         return join(self._home(number), self._plan.index.shards[number].name)

@@ -1,12 +1,15 @@
-"""For all tests: no examples are timed, and without a GPU Triton's kernels run in its interpreter."""
+"""For all tests: the same examples in every run, and without a GPU Triton's kernels run in its interpreter."""
 
 import os
 
 import torch
 from hypothesis import settings
 
-settings.register_profile("untimed", deadline=None)  # whether a test passes does not depend on the machine's speed
-settings.load_profile("untimed")
+# Whether a test passes depends on the code alone: not on the machine's speed, not on the examples of the day.
+# For other examples at each run: pytest --hypothesis-profile=other
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("other", deadline=None)
+settings.load_profile("same")
 
 # It has to be chosen before Triton is imported.
 if not torch.cuda.is_available():

@@ -8,7 +8,7 @@ from pipelines.errors import DataError
 from pipelines.index import Index, Shard
 from pipelines.samples import BadSample, decode
 from pipelines.shards.files import read_index, read_sidecar, sidecar_path
-from pipelines.shards.scan import Group, groups_of, kinds, members_of, sha256_of
+from pipelines.shards.scan import Group, groups_of, kinds, members_of, row_sums, sha256_of
 
 
 def verify(folder: Path | str) -> list[str]:
@@ -64,7 +64,9 @@ def verify_shard(
         return [f"{path}: not a WebDataset tar ({error})"]
     try:
         sidecar = read_sidecar(folder, shard.name)
-        if sidecar.shard != shard or sidecar.offsets != (*(group.offset for group in groups), end):
+        offsets = (*(group.offset for group in groups), end)
+        sums = sidecar.crc32 and row_sums(path, offsets)
+        if (sidecar.shard, sidecar.offsets, sidecar.crc32) != (shard, offsets, sums):
             problems.append(f"{sidecar_path(folder, shard.name)}: does not match its shard; index the folder again")
     except DataError as error:
         problems.append(str(error))

@@ -25,6 +25,8 @@ class Sidecar:
         shard: the entry that goes into the index.
         size: (height, width) of the first readable image.
         offsets: `samples` + 1 byte positions: where each sample begins, and where the last one ends.
+        crc32: checksum of the bytes of each sample, for readers of single rows; empty where an older version did not
+            record it.
         source: what the shard was made from; a shard is kept only where this is equal.
         masks: whether every sample has masks; None where an older version did not record it.
         left_out: what of the source could not be used, with the reason.
@@ -36,6 +38,7 @@ class Sidecar:
     source: Mapping[str, Any]
     masks: bool | None = None
     left_out: tuple[str, ...] = ()
+    crc32: tuple[int, ...] = ()
 
 
 def sidecar_path(folder: Path, name: str) -> Path:
@@ -114,9 +117,12 @@ def parse_sidecar(data: bytes, name: str) -> Sidecar:
             source=dict(content["source"]),
             masks=content.get("masks"),
             left_out=tuple(str(line) for line in content.get("left_out", ())),
+            crc32=tuple(int(sum) for sum in content.get("crc32", ())),
         )
         if len(sidecar.offsets) != sidecar.shard.samples + 1:
             raise ValueError(f"{len(sidecar.offsets)} offsets for {sidecar.shard.samples} samples")
+        if len(sidecar.crc32) not in (0, sidecar.shard.samples):
+            raise ValueError(f"{len(sidecar.crc32)} checksums for {sidecar.shard.samples} samples")
     return sidecar
 
 

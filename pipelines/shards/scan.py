@@ -5,8 +5,10 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,14 @@ def scan(path: Path, name: str, source: Mapping[str, Any] | None = None) -> Side
         raise DataError(f"{name}: not a whole WebDataset tar ({error}); copy or make it again") from error
     if size is None:
         raise DataError(f"{name}: none of its {len(groups)} samples has a readable image; leave it out of the set")
+    offsets = (*(group.offset for group in groups), end)
     return Sidecar(
         shard=Shard(name, path.stat().st_size, sha256_of(path), len(groups)),
         size=size,
-        offsets=(*(group.offset for group in groups), end),
+        offsets=offsets,
         source=json.loads(json.dumps(source or {})),
         masks=all("masks" in kinds(group.entries) for group in groups),
+        crc32=row_sums(path, offsets),
     )
 
 
@@ -98,6 +102,13 @@ def sha256_of(path: Path) -> str:
     """Checksum of a file, read in one pass."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def row_sums(path: Path, offsets: Sequence[int]) -> tuple[int, ...]:
+    """CRC-32 of the bytes of each row of a tar."""
+    with path.open("rb") as file:
+        file.seek(offsets[0])
+        return tuple(zlib.crc32(file.read(end - begin)) for begin, end in pairwise(offsets))
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

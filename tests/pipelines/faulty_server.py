@@ -14,7 +14,11 @@ Fault = Callable[[str, int], str]
 
 
 class FaultyServer:
-    """Serves `files` by name. Faults: 4xx and 5xx codes, hang, reset, drop, drip, whole, wrong-range, lie, untagged."""
+    """Serves `files` by name.
+
+    Faults: 4xx and 5xx codes, hang, reset, drop, drip, whole, wrong-range, lie (wrong bytes), flip (one byte),
+    untagged.
+    """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
@@ -91,6 +95,8 @@ class FaultyServer:
                 headers["Content-Range"] = f"bytes {told}-{told + len(body) - 1}/{len(content)}"
         if fault == "lie":
             body = bytes(byte ^ 1 for byte in body)
+        if fault == "flip" and body:  # one byte in the middle: of a picture, mostly
+            body = body[: (middle := len(body) // 2)] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         with self._lock:
             self.requests.append((name, asked, status))
         handler.close_connection = fault in ("hang", "reset", "drop", "drip")

@@ -1,5 +1,6 @@
 """Shards: plain WebDataset, equal bytes for equal samples, whole or not at all, and every damage found."""
 
+import binascii
 import io
 import json
 import os
@@ -76,9 +77,11 @@ def test_the_index_comes_back_and_counts_the_files(tmp_path: Path, make_set: Mak
 
 def test_offsets_cut_a_tar_into_its_samples(tmp_path: Path, make_set: MakeSet) -> None:
     make_set(tmp_path, [5])
-    offsets = read_sidecar(tmp_path, "000.tar").offsets
+    sidecar = read_sidecar(tmp_path, "000.tar")
+    offsets = sidecar.offsets
     data = (tmp_path / "000.tar").read_bytes()
     for row in range(5):
+        assert sidecar.crc32[row] == binascii.crc32(data[offsets[row] : offsets[row + 1]])
         with tarfile.open(fileobj=io.BytesIO(data[offsets[row] : offsets[row + 1]] + bytes(1024))) as tar:
             assert tar.getnames() == [f"s0r{row}.{name}" for name in ("image.png", "json", "masks.png")]
 
@@ -253,11 +256,11 @@ def test_indexing_again_keeps_what_made_a_shard(tmp_path: Path) -> None:
     assert render_shard(tmp_path, SCENES, 5, 0, 4) == shard and (tmp_path / shard.name).stat().st_ino == inode
 
 
-def test_a_sidecar_without_word_of_masks_is_read(tmp_path: Path, make_set: MakeSet) -> None:
+def test_a_sidecar_of_an_older_version_is_read(tmp_path: Path, make_set: MakeSet) -> None:
     index = make_set(tmp_path, [2])
     path = tmp_path / "000.tar.offsets.json"
     content = json.loads(path.read_text())
-    del content["masks"], content["left_out"]
+    del content["masks"], content["left_out"], content["crc32"]
     path.write_text(json.dumps(content))
     assert read_sidecar(tmp_path, "000.tar").masks is None and verify(tmp_path) == []
     assert write_index(tmp_path, index.shards, {"masks": True}).about == {"masks": True}
