@@ -45,12 +45,12 @@ test-all: dev ## the slow tests (an hour at most)
 	$(BIN)/python -m pytest -m slow tests
 
 soak: dev ## an hour of random kills, and how much of it was training; ARGS="--minutes 10 --seed 1"
-	$(BIN)/python benchmarks/soak.py $(ARGS)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench: dev ## what is measured on a CPU, into BENCHMARKS.md (20 minutes on two quiet cores)
 	for part in "attention --seconds 8" "autoencoder --repeats 5" "service --steps 40 --repeats 2" "startup --repeats 3" \
 		"data --repeats 1 --format jpg" "tracking --steps 100" "checkpoint --repeats 4"; do \
-		PYTHONPATH=.:benchmarks $(BIN)/python -m benchmarks.$$part --write || exit 1; done
+		$(BIN)/python -m benchmarks.$$part --write || exit 1; done
 
 lint: dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Slot attention's forward and backward pass on a CPU, beside what a user would take instead.
 
-    PYTHONPATH=. python benchmarks/attention.py [--write]
+    python -m benchmarks.attention [--write]
 
     slotforge                 slot_models.SlotAttention
     slot-attention            the PyPI package's SlotAttention
@@ -14,7 +14,6 @@ the weights.
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import statistics
@@ -28,12 +27,12 @@ import torch
 from slot_attention_pytorch.slot_attention_module import SlotAttentionModule
 from torch import Tensor, nn
 
-from benchmarks.data import machine
-from benchmarks.page import write
+from benchmarks.page import machine, versions, write
 from benchmarks.usual_attention import UsualSlotAttention
 from slot_models import SlotAttention
 
 OURS = "slotforge"
+PACKAGES = ("torch", "slot-attention", "slot-attention-pytorch")
 SHAPES = [(4, 16384, 64, 7), (4, 1225, 64, 4), (4, 1024, 512, 5), (4, 196, 256, 24)]
 """Images, inputs, width, slots: CLEVR's, Tetrominoes', and those of features of two kinds of ViT."""
 
@@ -139,16 +138,14 @@ def main() -> None:
     options = parser.parse_args()
     around = machine()
     tables = [table(threads, options.seconds) for threads in options.threads or (1, 2)]
-    packages = ("torch", "slot-attention", "slot-attention-pytorch")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     text = "\n".join(
         [
             "## Slot attention on a CPU",
             "",
-            f"    python benchmarks/attention.py --seconds {options.seconds:g}",
+            f"    python -m benchmarks.attention --seconds {options.seconds:g}",
             "",
             f"Forward and backward, float32, three iterations: the least time of turns in {options.seconds:g} seconds "
-            f"(and the median). {around}; {', '.join(versions)}.",
+            f"(and the median). {around}; {versions(*PACKAGES)}.",
             *(line for lines in tables for line in ("", *lines)),
         ]
     )

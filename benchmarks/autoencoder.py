@@ -1,6 +1,6 @@
 """A training step of the published autoencoders, beside the same ones put together from a package and torch's layers.
 
-    OMP_NUM_THREADS=2 python benchmarks/autoencoder.py [--write]
+    OMP_NUM_THREADS=2 python -m benchmarks.autoencoder [--write]
 
     assembled       what a user writes: SlotAttention of the PyPI package slot-attention, torch's convolutions, linear
                     layers and softmax, mean squared error, torch.optim.Adam
@@ -13,7 +13,6 @@ backward pass holds is what autograd saved, each tensor once.
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import os
 import statistics
@@ -26,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.data import machine
-from benchmarks.page import write
+from benchmarks.page import machine, versions, write
 from orchestration.engine import PlainEngine
 from slot_models import SlotAutoencoder, build_autoencoder
 from slot_models.interop import from_package
@@ -236,16 +234,15 @@ def main() -> None:
         table += rows(name, options.batch, turns)
         apart = max(apart, difference)
         print("\n".join(table[-2:]), flush=True)
-    versions = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", "slot-attention")]
     text = "\n".join(
         [
             "## A training step of the autoencoder",
             "",
-            f"    python benchmarks/autoencoder.py --batch {options.batch} --repeats {options.repeats} "
+            f"    python -m benchmarks.autoencoder --batch {options.batch} --repeats {options.repeats} "
             f"--threads {options.threads}",
             "",
             f"Batches of {options.batch}, {options.repeats} steps of each in turns, {options.threads} threads. "
-            f"Losses at most {apart:.0e} apart. {around}; {', '.join(versions)}.",
+            f"Losses at most {apart:.0e} apart. {around}; {versions('torch', 'slot-attention')}.",
             "",
             "| model | | images/s: median (spread) | times as fast | least CPU ms an image | times less | "
             "MB an image held for backward |",

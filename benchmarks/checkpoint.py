@@ -1,4 +1,4 @@
-"""What saving costs training: python benchmarks/checkpoint.py [--device cuda] [--write]
+"""What saving costs training: python -m benchmarks.checkpoint [--device cuda] [--write]
 
 The training loop on synthetic batches, one rank, plain engine; after every few steps a checkpoint, in turns:
 
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import itertools
 import os
-import platform
 import secrets
 import socket
 import statistics
@@ -31,6 +30,7 @@ import boto3
 import torch
 from torch import Tensor, nn
 
+from benchmarks.page import machine, versions, write
 from orchestration.engine import PlainEngine
 from orchestration.recipe import Recipe, load_recipe
 from orchestration.runs.checkpoints import committed, discard
@@ -41,8 +41,6 @@ from orchestration.worker import StepReport, train
 from pipelines.stream import MicroBatch
 from slot_models import build_autoencoder
 
-BENCHMARKS = Path(__file__).parents[1] / "BENCHMARKS.md"
-BEGIN, END = "<!-- checkpoint -->", "<!-- /checkpoint -->"
 RECIPES = ("tetrominoes", "clevr6")
 LARGE = "100 million parameters, no training beside it"
 BETWEEN = 4  # steps from one save to the next: the first beside the write, the last undisturbed
@@ -221,19 +219,6 @@ def table(title: str, subject: Subject) -> str:
     return "\n".join(lines)
 
 
-def machine(device: str) -> str:
-    name = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}"
-
-
-def write(text: str) -> None:
-    """Put the text between its markers in BENCHMARKS.md, or at the end."""
-    page = BENCHMARKS.read_text()
-    before, begin, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2] if begin else "\n"
-    BENCHMARKS.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8, help="of a step; the published batch is 64")
@@ -246,10 +231,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     parts = [
         "## What a checkpoint costs",
-        f"    python benchmarks/checkpoint.py --images {options.images} --repeats {options.repeats} "
+        f"    python -m benchmarks.checkpoint --images {options.images} --repeats {options.repeats} "
         f"--device {options.device} --threads {options.threads}",
         f"Steps of {options.images} images; milliseconds: medians (least to most). `copies`: of each tensor, "
-        f"nothing is written. {machine(options.device)}.",
+        f"nothing is written. {machine(options.device)}; {versions('torch', 'safetensors')}.",
     ]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, s3_server() as bucket:
         for title in (*RECIPES, LARGE):
@@ -268,7 +253,7 @@ def main() -> None:
             parts.append(table(title, subject))
             print(parts[-1], flush=True)
     if options.write:
-        write("\n\n".join(parts))
+        write("checkpoint", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast samples come, side by side on the same shards: python benchmarks/data.py [--write]
+"""How fast samples come, side by side on the same shards: python -m benchmarks.data [--write]
 
     read            the shards' bytes through the page cache, one process
     decode          images held in memory, decoded by each process on its own, by the stream's codecs, into the rows
@@ -21,7 +21,7 @@ The last two pin other versions of what slotforge uses: put them into a folder o
 
     pip install --no-deps --target OTHERS mosaicml-streaming litdata lightning-utilities obstore tifffile brotli zstd \\
         python-snappy cramjam xxhash catalogue "transformers<5" "huggingface_hub<1" tokenizers==0.22.2
-    PYTHONPATH=OTHERS OMP_NUM_THREADS=1 python benchmarks/data.py --processes 1 --repeats 5 --write
+    PYTHONPATH=OTHERS OMP_NUM_THREADS=1 python -m benchmarks.data --processes 1 --repeats 5 --write
 
 Beside a CPU build of torch the torchvision on PyPI does not load, and mosaic only takes names from it: put a folder
 before OTHERS with torchvision/datasets.py (`class VisionDataset: pass`) and torchvision/transforms/functional.py
@@ -29,14 +29,11 @@ before OTHERS with torchvision/datasets.py (`class VisionDataset: pass`) and tor
 """
 
 import argparse
-import contextlib
 import importlib
-import importlib.metadata
 import io
 import mmap
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -50,13 +47,14 @@ import psutil
 import torch
 from PIL import Image
 
-from benchmarks.page import write
+from benchmarks.page import machine, versions, write
 from pipelines import Plan, codecs, read_index, write_index, write_shard
 from pipelines.decoding.memory import Layout
 from pipelines.stream import Stream
 from pipelines.transforms import to_model
 
 SHARDS, PER_SHARD, BATCH, LANES, WINDOW, WARM = 24, 250, 64, 8, 2, 8
+COMPARED = ("torch", "numpy", "pillow", "simplejpeg", "imagecodecs", "webdataset", "mosaicml-streaming", "litdata")
 PACKAGES = {"mosaic": "streaming", "litdata": "litdata"}
 
 NOTES = """\
@@ -303,23 +301,6 @@ def table(turns: dict[str, list[Turn]], title: str) -> str:
     return "\n".join(lines)
 
 
-def versions() -> str:
-    names = ["torch", "numpy", "pillow", "simplejpeg", "imagecodecs", "webdataset", "mosaicml-streaming", "litdata"]
-    found = []
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(found)
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
-    return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=("jpg", "png"), action="append", help="both if not given")
@@ -331,9 +312,9 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = [
         "## Samples a second",
-        f"    OMP_NUM_THREADS=1 python benchmarks/data.py --processes {options.processes} --repeats {options.repeats}",
+        f"    OMP_NUM_THREADS=1 python -m benchmarks.data --processes {options.processes} --repeats {options.repeats}",
         f"{options.side}x{options.side}, {options.processes} decoding process(es), {SHARDS * PER_SHARD} images, "
-        f"batches of {BATCH}, the median of {options.repeats}. {machine()}; {versions()}.",
+        f"batches of {BATCH}, the median of {options.repeats}. {machine()}; {versions(*COMPARED)}.",
     ]
     for format in options.format or ("jpg", "png"):
         turns, size = measured(format, options.side, options.processes, options.repeats)

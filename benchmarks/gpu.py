@@ -1,6 +1,6 @@
 """What is measured on a GPU, in under eight minutes: slot attention, and CLEVR's training step.
 
-PYTHONPATH=. python benchmarks/gpu.py [--write]      # torch, einops, numpy, triton are enough
+python -m benchmarks.gpu [--write]      # torch, einops, numpy, triton are enough
 """
 
 import argparse
@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into BENCHMARKS.md")
     options = parser.parse_args()
-    parts = ["## On a GPU", "    PYTHONPATH=. python benchmarks/gpu.py"]
+    parts = ["## On a GPU", "    python -m benchmarks.gpu"]
     for report in (gpu_attention.report, lambda: gpu_autoencoder.report(CLEVR)):
         parts.append(report())
         print(parts[-1], flush=True)

@@ -1,6 +1,6 @@
 """Slot attention's forward and backward pass on a GPU, beside the usual order and the rate of a copy.
 
-    PYTHONPATH=. python benchmarks/gpu_attention.py [--small] [--sweep]      # torch, einops, numpy, triton are enough
+    python -m benchmarks.gpu_attention [--small] [--sweep]      # torch, einops, numpy, triton are enough
 
     step        forward and backward in bfloat16 autocast, the inputs in bfloat16, with a gradient of the inputs: the
                 usual order (benchmarks/usual_attention.py) and slot_models.SlotAttention, each eager, compiled, and
@@ -14,14 +14,13 @@ runs; ``--sweep`` tries other tiles for the kernels.
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import milliseconds
 from benchmarks.usual_attention import UsualSlotAttention
 from slot_models import SlotAttention
 
@@ -30,24 +29,6 @@ SMALL = [(2, 40, 16, 3)]
 """Images, inputs, width, slots."""
 
 Run = Callable[[], object]
-
-
-def milliseconds(run: Run, repeats: int) -> float:
-    """Median of the repeats, after three that are not counted."""
-    taken = []
-    for _ in range(3 + repeats):
-        if torch.cuda.is_available():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            taken.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            run()
-            taken.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(taken[3:])
 
 
 def device() -> str:

@@ -1,6 +1,6 @@
 """CLEVR's training step on a GPU, beside what its layers take on their own and the rate of matmuls.
 
-    PYTHONPATH=. python benchmarks/gpu_autoencoder.py [--small]      # torch, einops and numpy are enough
+    python -m benchmarks.gpu_autoencoder [--small]      # torch, einops and numpy are enough
 
     step        forward, backward and fused Adam of the published model (recipes/clevr6.yaml): 128 x 128 pixels, 64
                 images, 7 slots, bfloat16 autocast; eager, compiled, and compiled with CUDA graphs
@@ -13,8 +13,6 @@ Times are medians. ``--small`` takes a tiny model on the CPU, to see that everyt
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,30 +20,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.clevr_layers import CLEVR, SMALL, Form, Layer, Setting, clevr, draw, error, layers
+from benchmarks.timing import milliseconds
 from slot_models import SlotAutoencoder
 
 STEPS = 500_000
 """Of the published training."""
 
 Run = Callable[[], object]
-
-
-def milliseconds(run: Run, setting: Setting) -> float:
-    """Median of the repeats, after three that are not counted."""
-    taken = []
-    for _ in range(3 + setting.repeats):
-        if setting.on_gpu:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            taken.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            run()
-            taken.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(taken[3:])
 
 
 def gigaflops(run: Run) -> float:
@@ -95,7 +76,7 @@ def fastest(layer: Layer, setting: Setting) -> tuple[float, str]:
         }
     found = []
     for name, form in forms.items():
-        found.append((milliseconds(layer_step(layer, form), setting), name))
+        found.append((milliseconds(layer_step(layer, form), setting.repeats), name))
         torch.compiler.reset()
     return min(found)
 
@@ -111,7 +92,7 @@ def layer_table(setting: Setting) -> tuple[list[str], float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-4, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    taken = milliseconds(optimizer.step, setting)
+    taken = milliseconds(optimizer.step, setting.repeats)
     return [*rows, f"| Adam | fused | {taken:.3f} | |", f"| all | | {total + taken:.2f} | |"], total + taken
 
 
@@ -129,7 +110,7 @@ def step_table(setting: Setting, matmul: float, allowed: float) -> list[str]:
         step = training_step(model, setting, forward(model))
         if setting.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        taken = milliseconds(step, setting)
+        taken = milliseconds(step, setting.repeats)
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if setting.on_gpu else ""
         rate, speed = 1e3 * setting.batch / taken, work / taken  # images/s, TFLOP/s
         rows.append(
@@ -145,7 +126,7 @@ def report(setting: Setting) -> str:
     torch.manual_seed(0)
     side = setting.matmul
     left, right = draw(setting, side, side), draw(setting, side, side)
-    matmul = 2 * side**3 / milliseconds(lambda: left @ right, setting) / 1e9  # TFLOP/s
+    matmul = 2 * side**3 / milliseconds(lambda: left @ right, setting.repeats) / 1e9  # TFLOP/s
     layer_rows, allowed = layer_table(setting)
     step_rows = step_table(setting, matmul, allowed)
     machine = torch.cuda.get_device_name() if setting.on_gpu else "CPU"

@@ -1,6 +1,6 @@
 """How long a run is away after a kill -9: of a worker, and of a whole node; and where the time goes.
 
-    python benchmarks/recovery.py --repeats 3 --write
+    python -m benchmarks.recovery --repeats 3 --write
 
 Two workers on this machine's cores. The workers' times are of one Ray of the driver's own; the nodes' of a cluster of
 raylets on this machine, of which the one that dies is not waited for: the run goes on with one worker.
@@ -18,9 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "system"))
 
-import page
 from nodes import Nodes
 from runs import Run, kill_everything, wait, workers
+
+from benchmarks.page import machine, write
 
 BACK = re.compile(r"back after [\d.]+ s: (.*)")
 LONG = ("train.steps=100000", "train.checkpoint_every=50", "evaluate.every=100000")
@@ -103,17 +104,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="into BENCHMARKS.md")
     options = parser.parse_args()
+    around = machine()
     with tempfile.TemporaryDirectory(prefix="away-") as name:
         home = Path(name)
         kinds = {"a worker": of_workers(home, options.repeats), "a node": of_nodes(home, options.repeats)}
     text = (
-        f"## How long a run is away\n\n    python benchmarks/recovery.py --repeats {options.repeats}\n\n"
-        "From the last step before to the first one after, two workers on two cores; medians of the parts in seconds. "
+        f"## How long a run is away\n\n    python -m benchmarks.recovery --repeats {options.repeats}\n\n"
+        "From the last step before to the first one after, two workers; medians of the parts in seconds. "
+        f"{around}. "
         "The steps since the last checkpoint are done again besides.\n\n" + table(kinds)
     )
     print(text)
     if options.write:
-        page.write("recovery", text)
+        write("recovery", text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the service costs: images a second of `slotforge train`, beside the bare loop, and on twice the cores.
 
-    PYTHONPATH=. python benchmarks/service.py [--write]
+    python -m benchmarks.service [--write]
 
     bare      orchestration.bare: the same recipe and training loop in a process of its own, without Ray, DeepSpeed,
               MLflow, evaluation and checkpoints
@@ -12,7 +12,6 @@ steps that are not counted to the last, so it holds all that is between steps: l
 """
 
 import argparse
-import importlib.metadata
 import os
 import statistics
 import subprocess
@@ -22,11 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.data import machine
-from benchmarks.page import write
+from benchmarks.page import machine, versions, write
 
 SKIPPED = 10  # steps
 SECTION = "service"
+PACKAGES = ("torch", "ray", "deepspeed", "mlflow")
 
 BARE = """
 import json, sys, time
@@ -146,17 +145,14 @@ def main() -> None:
         for recipe in options.recipe or ["tetrominoes"]
         for row in measured(recipe, options.steps, options.repeats, load_recipe(recipe).train.batch_size)
     ]
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray", "deepspeed", "mlflow")
-    )
     text = "\n".join(
         [
             "## What the service costs, and two workers",
             "",
-            f"    PYTHONPATH=. python benchmarks/service.py --steps {options.steps} --repeats {options.repeats}",
+            f"    python -m benchmarks.service --steps {options.steps} --repeats {options.repeats}",
             "",
             f"Steps {SKIPPED + 1} to {options.steps} of each run, ZeRO stage 2, checkpoints in the middle and at the "
-            f"end, points at every step; {options.repeats} runs of each in turns. {around}; {versions}.",
+            f"end, points at every step; {options.repeats} runs of each in turns. {around}; {versions(*PACKAGES)}.",
             "",
             "| recipe | what | images/s: median (spread) | images/s | share |",
             "|---|---|---|---|---|",

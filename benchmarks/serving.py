@@ -12,7 +12,6 @@ Exits with 1 if any request failed.
 import argparse
 import asyncio
 import base64
-import importlib.metadata
 import json
 import os
 import re
@@ -31,8 +30,8 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.data import encoded, machine, picture
-from benchmarks.page import write
+from benchmarks.data import encoded, picture
+from benchmarks.page import machine, versions, write
 from orchestration.recipe import load_recipe
 from orchestration.registry.package import package
 from orchestration.registry.trained import Trained
@@ -201,11 +200,6 @@ def table(name: str, turns: list[Turn], side: int, at_first: tuple[float, float]
     return "\n".join([title, "", head, "|" + "---|" * 12, *map(row, turns)])
 
 
-def versions() -> str:
-    names = ("torch", "ray", "mlflow", "uvicorn", "starlette", "aiohttp")
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", help="demo and clevr6 if none is given")
@@ -219,7 +213,7 @@ def main() -> None:
         "## Serving",
         f"    python -m benchmarks.serving --seconds {options.seconds:g}",
         f"One replica, batches of {BATCH} at most; PNG in, JSON with run lengths out; clients, command and replica "
-        f"share the cores. {machine()}; {versions()}.",
+        f"share the cores. {machine()}; {versions('torch', 'ray', 'mlflow', 'uvicorn', 'starlette', 'aiohttp')}.",
     ]
     failed = 0
     for name in recipes:

@@ -1,4 +1,4 @@
-"""How well an epoch is shuffled, beside WebDataset's buffer of equal memory: python benchmarks/shuffle.py [--write]
+"""How well an epoch is shuffled, beside WebDataset's buffer of equal memory: python -m benchmarks.shuffle [--write]
 
 Three things that a user can notice, of the shard that each sample of an epoch comes from:
 
@@ -107,7 +107,7 @@ def main() -> None:
     if options.write:
         write(
             "shuffle",
-            "\n\n".join(["## How well an epoch is shuffled", "    python benchmarks/shuffle.py", NOTES, made]),
+            "\n\n".join(["## How well an epoch is shuffled", "    python -m benchmarks.shuffle", NOTES, made]),
         )
 
 

@@ -1,7 +1,7 @@
 """How much of a run's time is training, where workers and drivers are killed at random.
 
     make soak                                        an hour of faults
-    python benchmarks/soak.py --minutes 10 --seed 3  --write
+    python -m benchmarks.soak --minutes 10 --seed 3  --write
 
 Goodput is the time that the run's steps would take if each were as fast as the best ones, over the time that it took:
 steps x the best step / wall time; by the median step it is told as well. Faults are drawn from the seed: which, and
@@ -25,11 +25,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "system"))
 
 import ledgers
-import page
 import psutil
 from rich.console import Console
 from runs import Run, kill_everything, workers
 
+from benchmarks.page import write
 from orchestration.train import INTERRUPTED
 
 EVERY_SECONDS = 90.0  # between faults, on average
@@ -48,7 +48,7 @@ def main() -> None:
         text = soak(Path(home), arguments.minutes * 60, random.Random(arguments.seed))  # noqa: S311 not a secret
     console.print(text)
     if arguments.write:
-        page.write("soak", text)
+        write("soak", text)
 
 
 def soak(home: Path, seconds: float, chance: random.Random) -> str:

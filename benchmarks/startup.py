@@ -1,11 +1,10 @@
-"""How long it takes to start: PYTHONPATH=. python benchmarks/startup.py [--repeats 5] [--write]
+"""How long it takes to start: python -m benchmarks.startup [--repeats 5] [--write]
 
 `slotforge --help`; and `slotforge train`, on one worker whose shards are rendered, from the command to the end of its
 first step, with the parts that the processes tell of themselves. Each in a fresh process, with Python's caches warm.
 """
 
 import argparse
-import importlib.metadata
 import os
 import statistics
 import subprocess
@@ -14,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.data import machine
-from benchmarks.page import write
+from benchmarks.page import machine, versions, write
 
+PACKAGES = ("torch", "ray", "deepspeed", "mlflow")
 MARKS = ("starting Ray", "from step", "training on", "training from", "training  loss")
 """What the driver prints, in this order; the last one is its first word of a step, half a second late at most."""
 NAMES = (
@@ -70,16 +69,13 @@ def main() -> None:
         runs = [train_seconds(home, f"start-{number}") for number in range(options.repeats)]
     rows = [("slotforge --help", helps), *zip(NAMES, zip(*runs, strict=True), strict=True)]
     rows.append(("**slotforge train, to its first step**", [sum(run) for run in runs]))
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray", "deepspeed", "mlflow")
-    )
     text = "\n".join(
         [
             "## Starting",
             "",
-            f"    PYTHONPATH=. python benchmarks/startup.py --repeats {options.repeats}",
+            f"    python -m benchmarks.startup --repeats {options.repeats}",
             "",
-            f"Tetrominoes as published, one worker, {options.repeats} starts. {around}; {versions}.",
+            f"Tetrominoes as published, one worker, {options.repeats} starts. {around}; {versions(*PACKAGES)}.",
             "",
             "| part | seconds: median (spread) |",
             "|---|---|",

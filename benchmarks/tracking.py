@@ -1,4 +1,4 @@
-"""What logging costs training: python benchmarks/tracking.py [--recipe demo] [--steps 200] [--write]
+"""What logging costs training: python -m benchmarks.tracking [--recipe demo] [--steps 200] [--write]
 
 The recipe's model is trained in this process, one thread, on images that are made up, with the hook that records its
 curves; every so many steps the points are taken, as a checkpoint takes them. Their time, and that of a step's part of
@@ -13,7 +13,6 @@ which it does for at most 2 % of the time while a run trains.
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import page
 import torch
 
+from benchmarks.page import machine, versions, write
 from orchestration import worker
 from orchestration.assembly import build_model
 from orchestration.curves import Curves
@@ -158,13 +157,13 @@ def main() -> None:
     if given.steps < CHECKPOINT_STEPS:
         parser.error(f"--steps: {given.steps} is less than {CHECKPOINT_STEPS}, after which points are taken")
     torch.set_num_threads(1)
+    around = machine()
     rows = list(measured(load_recipe(given.recipe), given.steps, given.images))
-    load = os.getloadavg()[0]
     text = "\n".join(
         [
             f"{given.recipe}, {given.steps} steps of {given.images} images, points every {CHECKPOINT_STEPS} steps to a "
-            f"checkpoint, one thread; {platform.processor() or platform.machine()}, load {load:.1f} at the end; torch "
-            f"{torch.__version__}.",
+            f"checkpoint, one thread; {around}; "
+            f"{versions('torch', 'mlflow')}.",
             "",
             "| what | |",
             "|---|---|",
@@ -173,8 +172,8 @@ def main() -> None:
     )
     print(text)
     if given.write:
-        page.write(
-            "tracking", f"## What logging costs\n\n    python benchmarks/tracking.py --recipe {given.recipe}\n\n{text}"
+        write(
+            "tracking", f"## What logging costs\n\n    python -m benchmarks.tracking --recipe {given.recipe}\n\n{text}"
         )
 
 
