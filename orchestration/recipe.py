@@ -83,6 +83,9 @@ class ParallelSection(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     resize_seconds: float = Field(30.0, gt=0, description="between looks for room for more workers")
     max_failures: int = Field(10, ge=0, description="worker failures without a new step between them")
+    price_per_hour: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="of one worker's machine, for estimates of the cost; null: unknown"
+    )
 
 
 class TrackingSection(Section):

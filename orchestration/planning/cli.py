@@ -14,7 +14,7 @@ def plan(
     step_seconds: Annotated[float | None, typer.Option(help="seconds of one step, measured where it will run")] = None,
     step_workers: Annotated[int | None, typer.Option(help="workers of that step; parallel.workers.min")] = None,
     measure: Annotated[bool, typer.Option(help="time a few steps on this machine's CPU, if none is given")] = True,
-    price_per_hour: Annotated[float | None, typer.Option(help="of one worker's machine")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="of one worker's machine; or the recipe's")] = None,
     disk_mb_per_second: Annotated[float, typer.Option(help="that one worker writes of a checkpoint")] = 200.0,
     observed: Annotated[
         list[str],

@@ -33,7 +33,7 @@ class Assumptions:
         step_workers: how many workers that step ran on; None: parallel.workers.min.
         measure: a step on this machine's CPU, if no time is given.
         disk_mb_per_second: that one rank writes.
-        price_per_hour: of one worker's machine.
+        price_per_hour: of one worker's machine; None: parallel.price_per_hour.
         observed: (workers, global batch, seconds of a step) of small runs, for what more workers would do.
         network_gbit, latency_us: of the network, where no run had a second worker.
     """
@@ -110,6 +110,7 @@ def plan_run(recipe: Recipe, given: Assumptions) -> RunPlan:
     """
     given.check()
     train, workers = recipe.train, recipe.parallel.workers
+    price = recipe.parallel.price_per_hour if given.price_per_hour is None else given.price_per_hour
     size = model_size(recipe)
     activations = activation_bytes(recipe)
     seconds, timing = _sample_seconds(recipe, given)
@@ -124,7 +125,7 @@ def plan_run(recipe: Recipe, given: Assumptions) -> RunPlan:
         sample_seconds=seconds,
         mtbf_hours=train.mtbf_hours,
         disk_rate=given.disk_mb_per_second * 1e6,
-        price_per_hour=given.price_per_hour,
+        price_per_hour=price,
     )
     return RunPlan(
         recipe=recipe.name,

@@ -27,7 +27,7 @@ def estimate(recipe: Recipe, size: ModelSize, step_seconds: float, workers: int)
         sample_seconds=step_seconds / (count * micro_batch),
         mtbf_hours=recipe.train.mtbf_hours,
         disk_rate=DISK_RATE,
-        price_per_hour=None,
+        price_per_hour=recipe.parallel.price_per_hour,
     )
     return plan
 
@@ -45,10 +45,11 @@ class Estimate:
         workers = int(tracker.points("train/world_size")[-1][1])
         step = statistics.median(seconds)
         plan = estimate(self._recipe, model_size(self._recipe), step, workers)
-        told = {"measured_step_seconds": step, **asdict(plan)}
+        price = self._recipe.parallel.price_per_hour
+        told = {"measured_step_seconds": step, "price_per_hour": price, **asdict(plan)}
         del told["activations"]
         tracker.client.log_dict(tracker.run_id, told, "provenance/estimate.json")
         if plan.hours is not None:
-            hours = {"estimate.hours": plan.hours, "estimate.worker_hours": plan.hours * workers}
-            tracker.tag(**{name: f"{value:.3g}" for name, value in hours.items()})
+            found = {"hours": plan.hours, "worker_hours": plan.hours * workers, "cost": plan.cost}
+            tracker.tag(**{f"estimate.{name}": f"{value:.3g}" for name, value in found.items() if value is not None})
         self._told = True

@@ -99,7 +99,8 @@ def test_the_estimate_is_that_of_the_plan_by_the_steps_of_the_run(recipe: Recipe
     assert (estimate(often, model_size(often), 0.5, 3).hours or 0) > 1.05
 
 
-def test_the_estimate_is_told_once_there_are_steps(recipe: Recipe) -> None:
+@pytest.mark.parametrize("price", [None, 0.0, 2.5])
+def test_the_estimate_is_told_once_there_are_steps(recipe: Recipe, price: float | None) -> None:
     class FakeTracker:
         run_id = "run"
 
@@ -120,7 +121,8 @@ def test_the_estimate_is_told_once_there_are_steps(recipe: Recipe) -> None:
             self.told.append(("tags", tags))
 
     tracker: Any = FakeTracker()
-    cargo = Estimate(recipe)
+    priced = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"price_per_hour": price})})
+    cargo = Estimate(priced)
     cargo.deliver(tracker)
     assert tracker.told == []
     tracker.seconds += [0.2, 0.9]
@@ -129,6 +131,12 @@ def test_the_estimate_is_told_once_there_are_steps(recipe: Recipe) -> None:
     (path, content), (_, tags) = tracker.told
     assert path == "provenance/estimate.json" and content["measured_step_seconds"] == pytest.approx(0.2)
     assert float(tags["estimate.worker_hours"]) == pytest.approx(2 * float(tags["estimate.hours"]), rel=0.01)
+    assert content["price_per_hour"] == price and ("estimate.cost" in tags) == (price is not None)
+    if price is None:
+        assert content["cost"] is None
+    else:
+        assert content["cost"] == pytest.approx(2 * content["hours"] * price)
+        assert float(tags["estimate.cost"]) == pytest.approx(float(tags["estimate.worker_hours"]) * price, rel=0.01)
 
 
 def test_convolutions_cost_what_their_sums_cost(recipe: Recipe) -> None:

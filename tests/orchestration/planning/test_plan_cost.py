@@ -276,6 +276,11 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, tmp_path: 
     shown = runner.invoke(app, ["plan", str(path), "--step-seconds", "0.5", "--price-per-hour", "3"])
     assert shown.exit_code == 0, shown.output
     assert all(word in shown.output for word in ("parameters", "ZeRO 3", "Young", "6.0", "estimate"))
+    priced = ["plan", str(path), "--step-seconds", "3600", "--set", "parallel.price_per_hour=5", "--json"]
+    by_recipe = json.loads(runner.invoke(app, priced).stdout)["worlds"][0]
+    assert by_recipe["cost"] == pytest.approx(5 * by_recipe["hours"])
+    by_option = json.loads(runner.invoke(app, [*priced, "--price-per-hour", "7"]).stdout)["worlds"][0]
+    assert by_option["cost"] == pytest.approx(7 * by_recipe["hours"])
     told = runner.invoke(app, ["plan", str(path), "--no-measure", "--json"])
     assert told.exit_code == 0
     plan = json.loads(told.stdout)
