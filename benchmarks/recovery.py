@@ -16,7 +16,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "system"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/system")]
 
 from nodes import Nodes
 from runs import Run, kill_everything, wait, workers

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "system"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/system")]
 
 import ledgers
 import psutil

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_server import FaultyServer
+from servers import s3_server
 
 from orchestration.bare import train_bare
 from orchestration.prepare import data_folders
@@ -14,7 +15,6 @@ from orchestration.worker import StepReport
 from pipelines import write_index
 from pipelines.scenes import Tetrominoes, render_shard
 
-pytest.importorskip("moto.server")
 STEPS = 7  # over the end of an epoch of 5
 
 
@@ -28,27 +28,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def s3(shards: Path) -> Iterator[str]:
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    with pytest.MonkeyPatch.context() as patch:
+    with s3_server("afar") as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         client = boto3.client("s3")
-        client.create_bucket(Bucket="afar")
         for path in shards.iterdir():
             client.put_object(Bucket="afar", Key=f"train/{path.name}", Body=path.read_bytes())
         yield "s3://afar/train"
-    server.stop()
 
 
 def recipe_of(where: str, **data: object) -> Recipe:

@@ -1,7 +1,6 @@
 """Files come whole and unchanged, or not at all and with a sentence, from HTTP and S3 servers that fail."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 from faulty_server import FaultyServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from servers import s3_server
 
 from pipelines.errors import DataError, TransientError
 from pipelines.sources import AbsentError, ChangedError, Sources, Version, join, local_path, shown
@@ -240,29 +240,13 @@ def test_local_files_and_unknown_schemes(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """A real S3 server with a bucket `data`."""
-    pytest.importorskip("moto.server")
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    client = boto3.client("s3", region_name="us-east-1")
-    client.create_bucket(Bucket="data")
-    client.put_object(Bucket="data", Key="deep/a.tar", Body=CONTENT)
-    yield "s3://data/deep"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with s3_server("data") as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        boto3.client("s3").put_object(Bucket="data", Key="deep/a.tar", Body=CONTENT)
+        yield "s3://data/deep"
 
 
 def test_s3_is_read_by_ranges(s3: str) -> None:

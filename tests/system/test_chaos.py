@@ -7,19 +7,17 @@ import signal
 import statistics
 from pathlib import Path
 
-import boto3
 import ledgers
 import psutil
 import pytest
-from moto.server import ThreadedMotoServer
 from nodes import Nodes
 from runs import RECIPE, Run, wait, workers
+from servers import s3_server
 
 from orchestration.runs.checkpoints import committed
 from orchestration.runs.folder import RunFolder
 from orchestration.runs.storage import storage_at
 
-_CLIENT = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
 STEPS = RECIPE["train"]["steps"]
 pytestmark = pytest.mark.slow
 
@@ -147,14 +145,8 @@ def test_nodes_come_and_go(home: Path, tmp_path: Path) -> None:
 
 def test_a_run_in_object_storage_survives_too(twin: tuple[Run, str], monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed, _ = twin
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    place = {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    try:
-        boto3.client("s3", **{"endpoint_url": place["AWS_ENDPOINT_URL"], **_CLIENT}).create_bucket(Bucket="runs")
-        run = Run(undisturbed.home, "stored", cluster={**place, "SLOTFORGE_RUNS": "s3://runs/all"})
+    with s3_server("runs") as bucket:
+        run = Run(undisturbed.home, "stored", cluster={**bucket, "SLOTFORGE_RUNS": "s3://runs/all"})
         for name, value in run.cluster.items():
             monkeypatch.setenv(name, value)
         storage = storage_at("s3://runs/all/stored/checkpoints")
@@ -165,8 +157,6 @@ def test_a_run_in_object_storage_survives_too(twin: tuple[Run, str], monkeypatch
         assert code == 0, output
         assert output.count("back after ") == 1, output
         facts = RunFolder("s3://runs/all/stored").facts
-    finally:
-        server.stop()
     assert not (run.folder / "run.json").exists(), "the run is on this machine's disk"
     ours = run.curves(facts["mlflow"]["run"])
     for name, points in undisturbed.curves().items():

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from runs import PATIENCE, RECIPE, Run, kill_everything, wait
+from servers import mlflow_server
 
 BATCH = "/api/2.0/mlflow/runs/log-batch"
 STEPS = RECIPE["train"]["steps"]
@@ -78,22 +78,8 @@ class Line:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """A real MLflow server, at its address."""
-    port = free_port()
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}"),
-        *("--artifacts-destination", str(tmp_path / "artifacts")),
-    ]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait(lambda: answers(f"{address}/health"))
+    with mlflow_server(tmp_path) as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.fixture
@@ -129,20 +115,6 @@ class ServedRun(Run):
     @property
     def uri(self) -> str:
         return self.server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def killed_while_it_sends(run: Run, line: Line, batch: int, arrives: float) -> None:
