@@ -27,20 +27,21 @@ def plan(
     """Say what a recipe will take, before any money is spent: memory, steps, checkpoints, time and cost."""
     import json
 
-    from orchestration.planning import report as plan_report
+    from orchestration.planning import report
+    from orchestration.planning.plan import Assumptions, plan_run
 
     try:
-        given = plan_report.Assumptions(
+        given = Assumptions(
             *(step_seconds, step_workers, measure, disk_mb_per_second, price_per_hour),
             *(tuple(_observed(text) for text in observed), network_gbit, latency_us),
         )
-        found = plan_report.plan_run(load_recipe(recipe, overrides), given)
+        found = plan_run(load_recipe(recipe, overrides), given)
     except RecipeError as error:
         fail(str(error), 2)
     if as_json:
-        print(json.dumps(plan_report.as_json(found), indent=1))
+        print(json.dumps(report.as_json(found), indent=1))
         return
-    plan_report.show(found, given, console)
+    report.show(found, given, console)
 
 
 def _observed(text: str) -> tuple[int, int, float]:

@@ -19,7 +19,7 @@ from orchestration.assembly import Data, build_model
 from orchestration.cli import app
 from orchestration.engine import PlainEngine
 from orchestration.planning import measure as plan_measure
-from orchestration.planning import report as plan_report
+from orchestration.planning import plan as run_plan
 from orchestration.planning.cost import (
     STAGES,
     ModelSize,
@@ -30,7 +30,8 @@ from orchestration.planning.cost import (
     worlds,
 )
 from orchestration.planning.measure import StepTime, activation_bytes, model_size, saved_bytes, scene_bytes, step_time
-from orchestration.planning.report import Assumptions, as_json, plan_run
+from orchestration.planning.plan import Assumptions, plan_run
+from orchestration.planning.report import as_json
 from orchestration.prepare import data_folders
 from orchestration.recipe import Recipe, parse_recipe
 from slot_models import SlotAutoencoder, build_autoencoder
@@ -286,7 +287,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, tmp_path: 
     plan = json.loads(told.stdout)
     assert plan["worlds"][0]["hours"] is None and plan["worlds"][0]["state"]["3"]["weights"] > 0
     assert plan["size"]["parameters"] == model_size(recipe).parameters
-    monkeypatch.setattr(plan_report, "step_time", lambda recipe, budget: StepTime(0.25, 4, 2))
+    monkeypatch.setattr(run_plan, "step_time", lambda recipe, budget: StepTime(0.25, 4, 2))
     measured = json.loads(runner.invoke(app, ["plan", str(path), "--json"]).stdout)
     assert measured["worlds"][0]["step_seconds"] == 0.25 * 16 and "CPU" in measured["timing"]
 
