@@ -47,9 +47,10 @@ def _sample(number: int, index: Index, keys: "_Keys") -> dict[str, Any]:
 
 def _weights(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterable[tuple[str, dict[str, Any]]]:
     for name, parameter in parameters:
-        values = getattr(parameter, "ds_tensor", parameter).detach().float()  # ZeRO-3 leaves a rank its part alone
+        values = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3 leaves a rank its part alone
         bad = int((~torch.isfinite(values)).sum())
-        yield name, {"norm": _plain(float(values.norm())), "not_finite": bad, "of": values.numel()}
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))  # squares of 1e20 are no float32
+        yield name, {"norm": _plain(norm), "not_finite": bad, "of": values.numel()}
 
 
 class _Keys:

@@ -47,6 +47,20 @@ def test_a_diagnosis_names_the_step_its_samples_and_what_is_not_finite(recipe: R
     assert facts["weights"][name] == {"norm": "nan", "not_finite": parameter.numel(), "of": parameter.numel()}
 
 
+def test_norms_of_weights_that_are_still_numbers_are_numbers(recipe: Recipe, data: Data) -> None:
+    """Their squares need not be: a learning rate of 1e30 leaves such weights after one step."""
+    model = build_model(recipe)
+    name, parameter = next(iter(model.named_parameters()))
+    with torch.no_grad():
+        parameter.fill_(-2e30)
+    facts = diagnose(
+        DivergedError("loss/total: nan", 1), model, training_order(recipe, data.train), data.train, Sources()
+    )
+    found = facts["weights"][name]
+    assert found["not_finite"] == 0
+    assert found["norm"] == pytest.approx(2e30 * parameter.numel() ** 0.5)
+
+
 def test_keys_of_shards_from_afar_are_read_where_they_lie(
     recipe: Recipe, data: Data, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
