@@ -11,19 +11,20 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
+    FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
 )
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from orchestration.events import Kind
 from orchestration.mailbox import Leaving
@@ -34,7 +35,12 @@ ANSWER_SECONDS = 10.0  # that the mailbox may take
 KILLED_FOR_MEMORY = "low on memory"  # what Ray says of a worker that its memory monitor killed
 
 
-class Trainer(TorchTrainer):
+UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
+"""Each starts an actor, which is seconds of a core. The shards do not come from Ray Data, and Ray itself removes the
+placement group of a controller that dies."""
+
+
+class Trainer(DataParallelTrainer):
     """Ray Train's, with the policies of this module.
 
     Args:
@@ -50,23 +56,20 @@ class Trainer(TorchTrainer):
         restarts: Any = self.run_config.failure_config
         scaling: Any = self.scaling_config
         parts["failure_policy"] = Restarts(restarts, self._mailbox, self._final)
-        if scaling.elasticity_enabled:
-            parts["scaling_policy"] = SavedResizes(scaling, self._mailbox)
-        parts["callbacks"] = [*parts["callbacks"], Notices(self._mailbox, "cuda" if scaling.use_gpu else "cpu")]
+        elastic = scaling.elasticity_enabled
+        parts["scaling_policy"] = SavedResizes(scaling, self._mailbox) if elastic else OneSize(scaling)
+        callbacks = [callback for callback in parts["callbacks"] if not isinstance(callback, UNUSED)]
+        parts["callbacks"] = [*callbacks, Notices(self._mailbox, "cuda" if scaling.use_gpu else "cpu")]
         return super()._initialize_and_run_controller(**parts)
 
 
-class Backend(TorchConfig):
-    """torch's process group, which ends with its processes: to take it down by word costs seconds of a restart, and
-    half a minute where a rank hangs."""
+class OneSize(FixedScalingPolicy):
+    """Waits for its placement group, which an autoscaler sees: it needs no request through an actor besides."""
 
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _EndsWithProcesses
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
 
-
-class _EndsWithProcesses(_TorchBackend):
-    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+    def _maybe_send_resource_request(self) -> None:
         pass
 
 
@@ -82,8 +85,7 @@ class SavedResizes(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         """Not on nodes that are dead or about to go: Ray counts both for a while, and then waits for them."""
-        draining = ray._private.state.state.get_draining_nodes()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(draining)  # type: ignore[no-untyped-call]
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - _draining()  # type: ignore[no-untyped-call]
         return super()._count_possible_workers(
             {node: resources for node, resources in reserved_resources.items() if node in alive}
         )
@@ -136,15 +138,18 @@ class Restarts(DefaultFailurePolicy):
 
 
 class Notices(ControllerCallback, WorkerGroupCallback):
-    """Tells the mailbox how restarts go, and the ranks of nodes that are about to go."""
+    """Tells the mailbox how restarts go, and the ranks of nodes that are about to go.
+
+    Ray Train's own watcher of such nodes is an actor for each start of the workers, and is switched off.
+    """
 
     def __init__(self, mailbox: Any, device: str) -> None:
         self._mailbox, self._device = mailbox, device
+        self._nodes: set[str] = set()
         self._warned: set[str] = set()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        notice = worker_group_status.get_preemption_info()
-        going = set(notice.preempted_node_ids) - self._warned if notice is not None else set()
+        going = (_draining() & self._nodes) - self._warned
         if going:
             self._warned |= going
             nodes = ", ".join(sorted(node[:8] for node in going))
@@ -156,6 +161,7 @@ class Notices(ControllerCallback, WorkerGroupCallback):
 
     def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
         """The workers' processes are there; their imports, all at once."""
+        self._nodes = {worker.metadata.node_id for worker in workers}
         self._mailbox.starting.remote()
         self._mailbox.mark.remote("scheduled", time.time())
         ray.get([worker.execute_async(_import_stack, self._device) for worker in workers])
@@ -165,6 +171,11 @@ class Notices(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._mailbox.mark.remote("grouped", time.time())
         self._mailbox.happened.remote(time.time(), "workers", f"training on {len(worker_group)} workers")
+
+
+def _draining() -> set[str]:
+    """Nodes that are about to go."""
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 def _import_stack(device: str) -> None:

@@ -15,9 +15,10 @@ from rich.progress import Progress
 
 from orchestration.assembly import Data
 from orchestration.clusters.capacity import cpus_per_worker, use_gpu
-from orchestration.elastic import Backend, Trainer
+from orchestration.elastic import Trainer
 from orchestration.files import write_json
 from orchestration.mailbox import SEND_SECONDS, STOP_SECONDS, News, TrainingError, open_mailbox
+from orchestration.process_group import ProcessGroup
 from orchestration.profiling.profile import TRACED_STEPS, WARM_STEPS, StepProfile
 from orchestration.profiling.show import Wish, profile_table, write_trace
 from orchestration.rank import FINAL_ERRORS, train_rank
@@ -33,7 +34,7 @@ UNSCHEDULED_LIMIT = 30  # times that a worker group of a fixed size may find no 
 TIMES = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen this soon
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "45",  # one that is hung or paused
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # orchestration.elastic looks for itself
 }
 GROUP_START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Elastic: a node that has just died is still counted for a while, and a start on it only times out."""
@@ -112,7 +113,7 @@ def _trainer(
             "trace": profiling is not None and profiling.trace is not None,
         },
         # A lost peer hangs a collective for this long: minutes, not the default half hour.
-        torch_config=Backend(backend="nccl" if gpu else "gloo", timeout_s=120),
+        backend_config=ProcessGroup("nccl" if gpu else "gloo", timeout_s=120),
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.max) if elastic else workers.max,
             use_gpu=gpu,

@@ -1,5 +1,10 @@
 """What is a failure, and when the workers are asked to leave. The system tests show it on real clusters."""
 
+import inspect
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,26 +129,94 @@ def test_nodes_that_are_dead_or_about_to_go_have_no_room(box: Mailbox, monkeypat
     assert policy._count_possible_workers(resources) == 2
 
 
-def test_the_ranks_are_told_once_of_a_node_that_goes(box: Mailbox) -> None:
-    from ray.train.v2.api.preemption import PreemptionInfo
+def test_the_ranks_are_told_once_of_a_node_that_goes(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestration import elastic
 
-    from orchestration.elastic import Notices
+    draining: dict[str, int] = {}
+    monkeypatch.setattr(elastic.ray._private.state.state, "get_draining_nodes", lambda: draining)
+    notices = elastic.Notices(Handle(box), "cpu")
 
-    notices = Notices(Handle(box), "cpu")
+    def starts_on(*nodes: str) -> None:
+        metadata = [SimpleNamespace(node_id=node) for node in nodes]
+        notices.before_init_train_context(
+            [SimpleNamespace(metadata=entry, execute_async=lambda *call: None) for entry in metadata]
+        )
 
     def poll(*nodes: str) -> None:
-        info = (
-            PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes}) if nodes else None
-        )
-        notices.after_worker_group_poll_status(type("S", (), {"get_preemption_info": staticmethod(lambda: info)}))
+        draining.clear()
+        draining.update(dict.fromkeys(nodes, 0))
+        notices.after_worker_group_poll_status(None)
 
-    poll()
+    starts_on("a" * 20, "b" * 20)
+    poll("c" * 20)  # another run's
     assert box.request() is None
     poll("a" * 20)
     assert box.request() == "leave"
-    notices.before_init_train_context([])  # other workers start
+    starts_on("b" * 20, "d" * 20)  # other workers start
     poll("a" * 20)
     assert box.request() is None
     poll("a" * 20, "b" * 20)
     box.attempt(1)  # and are ready only now: the notice, which came while they loaded, is theirs
     assert box.request() == "leave"
+
+
+def trainer(workers: int | tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What Ray Train's controller is given."""
+    from ray.train.v2.api.config import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from orchestration.elastic import Trainer
+    from orchestration.process_group import ProcessGroup
+
+    given: dict[str, Any] = {}
+
+    def controller(self: Any, **parts: Any) -> Any:
+        given.update(parts)
+        return SimpleNamespace(error=None)
+
+    monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", controller)
+    monkeypatch.setattr("ray.train.v2._internal.util.ray.put", lambda value: value)
+    Trainer(
+        print,
+        mailbox=None,
+        final=(),
+        backend_config=ProcessGroup("gloo", timeout_s=7),
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(storage_path="/tmp/none"),  # nothing is written
+    ).fit()
+    return given
+
+
+@pytest.mark.parametrize("workers", [2, (1, 3)])
+def test_ray_starts_no_actors_that_training_does_without(
+    workers: int | tuple[int, int], box: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = trainer(workers, monkeypatch)
+    names = [type(callback).__name__ for callback in given["callbacks"]]
+    assert {"AcceleratorSetupCallback", "BackendSetupCallback", "Notices"} <= set(names), "those that are needed stay"
+    assert not {"DatasetsCallback", "PlacementGroupCleanerCallback"} & set(names)
+    assert type(given["scaling_policy"]).__name__ == ("OneSize" if workers == 2 else "SavedResizes")
+
+
+def test_what_is_switched_off_is_rays_own_still() -> None:
+    """A Ray that renames or moves one of these would start it again without a word."""
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from orchestration.fit import TIMES
+
+    assert set(TIMES) <= constants.ENV_VARS_TO_PROPAGATE
+    assert constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR in TIMES
+    assert callable(ScalingPolicy._maybe_send_resource_request)
+    defaults = inspect.getsource(DataParallelTrainer._create_default_callbacks)
+    assert "DatasetsCallback(" in defaults
+    assert "PlacementGroupCleanerCallback(" in defaults
+
+
+def test_the_controllers_process_needs_no_torch() -> None:
+    """A controller is given these by pickle, and imports their modules before it starts workers."""
+    code = "import sys, orchestration.elastic, orchestration.process_group; print('torch' in sys.modules)"
+    environment = {**os.environ, "RAY_TRAIN_V2_ENABLED": "1"}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "False"
