@@ -52,5 +52,5 @@ def _join(address: str, port: int, backend: str, rank: int, world: int, timeout_
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    _set_torch_distributed_env_vars()
+    _set_torch_distributed_env_vars()  # type: ignore[no-untyped-call]
     _setup_torch_process_group(backend, rank, world, "env://", timeout_s)
