@@ -90,6 +90,7 @@ def _serve(settings: Settings, listener: socket.socket, started: Callable[[str, 
     try:
         server = http_server(application(replicas, terms, {"model": settings.model.uri}))
         host, port = listener.getsockname()[:2]
+        listener.listen(_MOST_CONNECTIONS)  # whoever is told the address may ask at once, and waits for the loop
         started(f"http://{f'[{host}]' if ':' in host else host}:{port}", settings.model.uri)
         server.run(sockets=[listener])
     finally:

@@ -125,8 +125,12 @@ def test_requests_go_on_while_a_replica_dies(twin: tuple[Run, str], finder: Find
             number = which
             while not ended.is_set():
                 number = (number + CLIENTS) % len(images)
-                answer = service.ask(png(images[number]), "/predict?masks=none", **right)
-                told = answer.json()
+                try:
+                    answer = service.ask(png(images[number]), "/predict?masks=none", **right)
+                    told = answer.json()
+                except (urllib3.exceptions.HTTPError, ValueError) as error:
+                    wrong.append(repr(error))
+                    return
                 if answer.status == 200:
                     (facts,) = told["images"]
                     assert facts.pop("box") == [0, 0, SIDE, SIDE]

@@ -7,6 +7,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from orchestration.cli import app
+from orchestration.serving import service
+from orchestration.serving.finder import ModelName
 from orchestration.serving.service import ServeError, bound, is_loopback, read_token
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -66,3 +68,26 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started() -> None:
             bound("127.0.0.1", port)
         done = serve("--port", port)
         assert done.exit_code == 2 and "name another port" in done.output
+
+
+class NoReplicas:
+    """Stands where Ray's would: nothing is asked of it before the address is told."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.count = 1
+
+    def stop(self) -> None:
+        pass
+
+
+def test_who_is_told_the_address_can_ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("orchestration.serving.replicas.Replicas", NoReplicas)
+
+    def connect(address: str, version: str) -> None:
+        host, _, port = address.removeprefix("http://").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=5).close()
+        raise KeyboardInterrupt
+
+    with bound("127.0.0.1", 0) as listener, pytest.raises(KeyboardInterrupt):
+        service._serve(service.Settings(ModelName("models:/a/1", "sqlite://")), listener, connect)
