@@ -26,11 +26,20 @@ class Curves:
     Args:
         every: steps between points; the step counts from 1, as steps done.
         num_slots: of the model.
+        commitment_weight: of the model's codebook; None without one.
         now: the time in seconds since the epoch.
     """
 
-    def __init__(self, engine: Engine, every: int, num_slots: int, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        every: int,
+        num_slots: int,
+        commitment_weight: float | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._engine, self._every, self._now = engine, every, now
+        self._weights = {} if commitment_weight is None else {"train/commitment_weight": commitment_weight}
         self._names = curve_names(num_slots)
         self._reports: list[tuple[StepReport, int, float]] = []
         self._points: Points = []
@@ -80,6 +89,7 @@ class Curves:
         return {
             "train/learning_rate": report.learning_rate,
             "train/keep_weight": report.keep_weight,
+            **self._weights,
             "train/temperature": report.temperature,
             "train/gradient_norm": norm,
             "train/world_size": float(self._engine.world),

@@ -131,7 +131,8 @@ def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
 
     agreement = Agreement(board, rank, start, decide)
     agree = agreement.after if profiler is None else profiler.call("agreement", agreement.after)
-    curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots)
+    commitment = recipe.model.codebook.commitment if recipe.model.codebook else None
+    curves = Curves(engine, recipe.tracking.every, recipe.model.num_slots, commitment)
     if driver is not None and engine.device.type == "cuda":
         curves.count_flops(recipe)
     saver = Saver(

@@ -181,7 +181,7 @@ def reconstruction_error(output: SlotOutput) -> Tensor:
 
 
 def curve_names(num_slots: int) -> list[str]:
-    """Names of the first of StepReport.means."""
+    """Names of the first of StepReport.means. The terms loss/* are weighted: they add up to loss/total."""
     return [
         "loss/total",
         "loss/reconstruction",
@@ -189,6 +189,7 @@ def curve_names(num_slots: int) -> list[str]:
         "slots/kept_mean",
         "slots/kept_fraction",
         "slots/count_error",
+        "loss/commitment",
         *(f"slots/keep_probability/{slot}" for slot in range(num_slots)),
     ]
 
@@ -199,11 +200,13 @@ def _curves(
 ) -> Tensor:
     """Each sample's part of the curves, and of the histogram of kept slots: [m, M + K + 1].
 
-    The count error is NaN where the number of objects is unknown.
+    The count error is NaN where the number of objects is unknown, the commitment where there is no codebook.
     """
     kept = output.keep.sum(dim=1)
     count_error = torch.where(num_objects < 0, torch.nan, (kept - background_slots - num_objects).abs())
     total = reconstruction + penalty + output.auxiliary
-    columns = [total, reconstruction, penalty, kept, output.keep.mean(dim=1), count_error]
+    # A gate adds nothing in value: what has a value is a codebook's.
+    commitment = torch.full_like(total, torch.nan) if output.code_tally is None else output.auxiliary
+    columns = [total, reconstruction, penalty, kept, output.keep.mean(dim=1), count_error, commitment]
     histogram = kept[:, None].round() == torch.arange(output.keep.shape[1] + 1, device=kept.device)  # [m, K + 1]
     return torch.cat([torch.stack(columns, dim=1), output.keep_probability, histogram], dim=1).float()

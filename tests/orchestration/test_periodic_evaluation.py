@@ -35,7 +35,7 @@ def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 
 def report(done: int) -> StepReport:
-    return StepReport(done - 1, torch.zeros(15), 0.0, 0.0, 1.0, 16, 1.0, 0.0)
+    return StepReport(done - 1, torch.zeros(16), 0.0, 0.0, 1.0, 16, 1.0, 0.0)
 
 
 def evaluated(

@@ -76,7 +76,7 @@ def test_slices_of_a_step_add_up_to_it_for_every_world_size(recipe: Recipe, data
     whole = first_step(0, 1).means
     for world in (2, 3, 5, 20):  # with 20 ranks some have no sample
         means = [first_step(rank, world).means for rank in range(world)]
-        assert torch.allclose(torch.stack(means).sum(dim=0), whole, rtol=1e-5, atol=1e-7)
+        assert torch.allclose(torch.stack(means).sum(dim=0), whole, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 def test_points_are_those_of_every_nth_step_and_carry_their_time(recipe: Recipe, data: Data) -> None:
@@ -94,7 +94,7 @@ def test_points_are_those_of_every_nth_step_and_carry_their_time(recipe: Recipe,
     assert all(losses[r.done][0] == pytest.approx(float(r.means[0])) for r in reports if r.done in losses)
     assert [step for _, _, _, step in points] == sorted(step for _, _, _, step in points)
     assert ("eval/fg_ari", 0.5, 13000, 6) in points
-    assert {name for name, _, _, step in points if step == 3} >= set(curve_names(4))
+    assert {name for name, _, _, step in points if step == 3} >= set(curve_names(4)) - {"loss/commitment"}
 
 
 @given(kept=st.lists(st.integers(0, 7), min_size=1, max_size=200), q=st.sampled_from([0.1, 0.5, 0.9]))
