@@ -1,5 +1,6 @@
 """The recipe's data: scenes to render, or sets of shards."""
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -18,9 +19,9 @@ class ScenesSection(Section):
     seed: int = Field(0, ge=0, description="seed of the scenes")
 
     @property
+    @abstractmethod
     def image_size(self) -> int:
         """Pixels a side."""
-        raise NotImplementedError
 
 
 Range = tuple[PositiveInt, PositiveInt]

@@ -1,5 +1,6 @@
 """What a decoder is; and the spatial broadcast decoder, which draws a picture and a mask of each slot."""
 
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Decoded(NamedTuple):
     mask_logits: Tensor | None
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Slots, and which of them are kept, to a reconstruction.
 
     Args:
@@ -49,6 +50,7 @@ class Decoder(nn.Module):
         check_positive(slot_dim=slot_dim)
         self.slot_dim = slot_dim
 
+    @abstractmethod
     def forward(self, slots: Tensor, keep: Tensor, target: Tensor | None = None) -> Decoded:
         """Decodes.
 
@@ -60,7 +62,6 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a shape does not fit, there are no slots, or a target is missing.
         """
-        raise NotImplementedError
 
     def check(self, slots: Tensor, keep: Tensor) -> None:
         check_slots("slots", slots, self.slot_dim)
@@ -95,9 +96,9 @@ class MixtureDecoder(Decoder):
         """The mixture's epsilon in this mode."""
         return self.mixture_eps if self.training else 0.0
 
+    @abstractmethod
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> pictures [B, K, C, H, W], mask logits [B, K, H, W]."""
-        raise NotImplementedError
 
     def forward(self, slots: Tensor, keep: Tensor, target: Tensor | None = None) -> Decoded:
         """See Decoder; the target is not looked at."""
