@@ -6,6 +6,7 @@ A restart, at any world size, comes here too: the run folder knows the rest.
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -70,6 +71,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+            traceback.clear_frames(error.__traceback__)  # their tensors: telling the driver takes memory too
             raise _smaller(mailbox, error) from error
     except Stopped:
         logger.info("stopped, saved")
@@ -304,8 +306,16 @@ def _with_micro_batch(recipe: Recipe, limit: int | None) -> Recipe:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a type for it; on a CPU torch tells it in words alone."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """CUDA has a type for it; on a CPU torch tells it in words alone, and oneDNN, which convolves, in words of its own.
+
+    What oneDNN cannot do at all it names as the descriptor of a primitive.
+    """
+    text = str(error).strip()
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or text in ("std::bad_alloc", "could not create a primitive", "could not create a memory object")
+    )
 
 
 def _smaller(mailbox: Any, error: BaseException) -> Exception:

@@ -1,6 +1,9 @@
 """What is told of a run that has diverged."""
 
 import json
+import os
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -76,14 +79,42 @@ def test_keys_of_shards_from_afar_are_read_where_they_lie(
     assert silent == [{name: value for name, value in sample.items() if name != "key"} for sample in here]
 
 
+SQUEEZED = """
+import json, resource, torch
+from torch import nn
+
+torch.set_num_threads(1)
+layers = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.ConvTranspose2d(32, 32, 3), nn.Flatten(2), nn.Linear(169, 8))
+
+def step(images):
+    layers(torch.zeros(images, 3, 15, 15)).square().mean().backward()
+
+step(64)
+taken, said = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize(), []
+for number in range(40):
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 200_000 * number, resource.RLIM_INFINITY))
+    try:
+        step(65 + number)
+    except (RuntimeError, MemoryError) as error:
+        said.append((type(error).__name__, str(error)))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(json.dumps(said))
+"""
+
+
 def test_memory_that_runs_out_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
     from orchestration.rank import _is_out_of_memory
 
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**55)
-    assert _is_out_of_memory(caught.value)
-    assert _is_out_of_memory(MemoryError())
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # each tensor's memory is asked for anew
+    done = subprocess.run([sys.executable, "-c", SQUEEZED], env=environment, capture_output=True, text=True, check=True)
+    kinds = {"RuntimeError": RuntimeError, "MemoryError": MemoryError}
+    said = [kinds[kind](text) for kind, text in json.loads(done.stdout)]
+    assert said, "there was room for everything"
+    for error in said:
+        assert _is_out_of_memory(error), error
+
     with pytest.raises(RuntimeError) as other:
         torch.zeros(2) @ torch.zeros(3)
     assert not _is_out_of_memory(other.value)
+    assert not _is_out_of_memory(RuntimeError("could not create a primitive descriptor for the matmul primitive."))
