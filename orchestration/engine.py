@@ -7,6 +7,7 @@ taken from one engine fits any other.
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -257,9 +258,26 @@ def import_deepspeed(device: str) -> Any:
 
     if mlflow is None:
         del sys.modules["mlflow"]
+    with _nothing_compiled():
+        # ZeRO's first step imports it, and it decorates with torch.compile: two seconds for kernels that nobody calls.
+        import deepspeed.runtime.zero.muon.muon_optimizer
     if not device.startswith("cuda"):
         ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles C++ for minutes at first use
     return deepspeed
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """torch.compile leaves functions as they are, and torch's compiler is not imported."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def _adam(module: nn.Module, device: torch.device) -> torch.optim.Adam:

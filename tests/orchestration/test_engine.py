@@ -1,6 +1,8 @@
 """DeepSpeed's stages against a plain torch loop, at several world sizes, in real process groups over gloo."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,3 +234,22 @@ def test_bf16_follows_fp32(folder: Path) -> None:
     fp32 = torch.load(folder / "run-2-rank-0.pt")["curve"][:5]
     assert [loss for loss, *_ in bf16] == pytest.approx([loss for loss, *_ in fp32], rel=1e-2)
     assert bf16 != fp32
+
+
+def test_an_engine_steps_without_torchs_compiler_and_mlflow() -> None:
+    """Each is seconds of a rank's start, and DeepSpeed imports both if it is let."""
+    code = """
+import sys, torch
+from orchestration.engine import DeepSpeedEngine
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+engine = DeepSpeedEngine(torch.nn.Linear(3, 1), micro_batches=1, zero_stage=2)
+engine.backward(engine(torch.ones(1, 3)).sum(dim=1), torch.ones(1))
+engine.step(1e-3)
+imported = {"torch._inductor.compile_fx", "mlflow"} & set(sys.modules)
+assert not imported, imported
+torch.compile(torch.nn.Linear(3, 1))
+assert "torch._inductor.compile_fx" in sys.modules, "it is switched off for DeepSpeed alone"
+"""
+    environment = {**os.environ, "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
