@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, PositiveInt, Tag, field_validator, model_validator
 
+from orchestration.credentials import in_command
 from orchestration.section import Section, kind_or
 
 
@@ -102,7 +103,14 @@ class SetSection(Section):
     @field_validator("url")
     @classmethod
     def _no_secret(cls, url: str) -> str:
-        parts = urlsplit("" if url.startswith("pipe:") else url)
+        if url.startswith("pipe:"):
+            if in_command(url):
+                raise ValueError(
+                    "the command spells out what looks like a secret, which would be logged with the recipe; set it as "
+                    "a variable on every node and write $NAME in the command"
+                )
+            return url
+        parts = urlsplit(url)
         if "://" in url and ("@" in parts.netloc or parts.query):
             raise ValueError(
                 f"{parts.scheme}://{parts.hostname} has a user or a query, which would be logged with the recipe; put "
@@ -152,7 +160,7 @@ class DataSection(Section):
     eval: Sets | None = Field(None, description="held-out shards: an address, or a list of {url}, each seen once")
     cache: CacheSection = CacheSection()
     decode_workers: int = Field(0, ge=0, description="processes that decode for each worker; 0: a thread of its own")
-    allow_pipe: bool = Field(False, description="run the shell commands of pipe: addresses")
+    allow_pipe: bool = Field(False, description="run the shell commands of pipe: addresses; secrets in them as $NAME")
     tries: PositiveInt = Field(8, description="how often a read is tried before the run stops")
     timeout: float = Field(30.0, gt=0, description="seconds without an answer after which a try is given up")
     lanes: PositiveInt = Field(8, description="streams that a batch is drawn from; rounded down to divide the batch")

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from orchestration.credentials import in_url
 from orchestration.data_section import DataSection
 from orchestration.model_section import ModelSection
 from orchestration.section import Section
@@ -103,10 +103,10 @@ class TrackingSection(Section):
     @field_validator("uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:
-        if uri and urlsplit(uri).password:
+        if uri and in_url(uri):
             raise ValueError(
-                "it holds a password, which would be logged with the recipe; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD in the environment"
+                "it holds a password or a token, which would be logged with the recipe; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
             )
         return uri
 

@@ -2,8 +2,8 @@
 
 import os
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
+from orchestration.credentials import in_url
 from orchestration.recipe import Recipe, RecipeError, state_home
 
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -29,7 +29,7 @@ def store_uri(uri: str | None, field: str = "--tracking-uri") -> str:
     if not uri:
         state_home().mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{state_home() / 'mlflow.db'}"
-    if _holds_a_secret(uri):
+    if in_url(uri):
         raise RecipeError(
             f"{field}: it holds a password or a token, which would be noted with the run; set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
@@ -38,10 +38,3 @@ def store_uri(uri: str | None, field: str = "--tracking-uri") -> str:
         path = uri.removeprefix("sqlite:///")
         raise RecipeError(f"{field}: {uri!r} is relative; write sqlite:///{Path(path).absolute()}")
     return uri
-
-
-def _holds_a_secret(uri: str) -> bool:
-    parts = urlsplit(uri)
-    return bool(parts.password) or any(
-        word in name.lower() for name in parse_qs(parts.query) for word in ("password", "passwd", "token", "secret")
-    )

@@ -34,12 +34,22 @@ def local_path(url: str) -> Path | None:
 def shown(url: str) -> str:
     """An address as it may stand in messages: without user, password, query and arguments."""
     if scheme_of(url) == "pipe":
-        return f"{url.split()[0]} ..."
+        return " ".join(["pipe:" + _program(url.partition(":")[2]), "..."])
     if scheme_of(url) == "file":
         return url
     parts = urlsplit(url)
     query = "..." if parts.query else ""
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
+
+
+def _program(command: str) -> str:
+    """The name of what a command runs, without the variables that it is given; empty where that is not so plain."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # quotes that do not match
+        return ""
+    first = next((word for word in words if "=" not in word), "")
+    return first if re.fullmatch(r"[\w./+-]+", first) else ""
 
 
 def scheme_of(url: str) -> str:
