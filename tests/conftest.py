@@ -1,7 +1,9 @@
-"""For all tests: the same examples in every run, and without a GPU Triton's kernels run in its interpreter."""
+"""For all tests: the same examples in every run, no store of another test, and without a GPU Triton's kernels run in its interpreter."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +16,11 @@ settings.load_profile("same")
 # It has to be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_store_of_another_test() -> Iterator[None]:
+    """mlflow.set_tracking_uri leaves its address in the environment, where runs of later tests would find it."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
