@@ -1,4 +1,4 @@
-"""For all tests: the same examples in every run, no store of another test, and without a GPU Triton's kernels run in its interpreter."""
+"""For all tests: the same examples in every run, stores of their own, and Triton's interpreter without a GPU."""
 
 import os
 from collections.abc import Iterator
