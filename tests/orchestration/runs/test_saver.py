@@ -16,7 +16,8 @@ from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-de
 from orchestration.engine import PlainEngine
 from orchestration.runs import object_storage, saver
 from orchestration.runs.checkpoints import committed, newest_valid
-from orchestration.runs.lease import LeaseLostError
+from orchestration.runs.folder import RunFolder
+from orchestration.runs.lease import LeaseLostError, check_lease
 from orchestration.runs.saver import NotSavedError, Saver, new_token
 from orchestration.runs.storage import LocalStorage, Storage, storage_at
 from orchestration.worker import DivergedError
@@ -206,6 +207,31 @@ def test_a_driver_that_was_succeeded_commits_nothing(tmp_path: Path) -> None:
     with pytest.raises(NotSavedError):
         second.wait(must=True)
     assert committed(folder) == []
+
+
+@pytest.mark.parametrize("moment", ["part-00000.safetensors", "part-00001.safetensors", "curve.json"])
+def test_a_driver_that_is_succeeded_while_its_ranks_write_commits_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The lease is asked for last, when nothing but the manifest is missing."""
+    run, board, token = RunFolder(storage.url), HashStore(), new_token()
+    run.storage.write("leases/000001.json", b"{}")
+    kind, write = type(storage), type(storage).write
+
+    def succeeded(self: Storage, name: str, *pieces: bytes | memoryview) -> None:
+        write(self, name, *pieces)
+        if name.endswith(moment):
+            write(run.storage, "leases/000002.json", b"{}")
+
+    monkeypatch.setattr(kind, "write", succeeded)
+    both = [Saver(run.checkpoints, token, rank, 2, lambda: check_lease(run, 1), board) for rank in range(2)]
+    for rank, one in enumerate(both):
+        one.save(4, Rank(rank), [], {})
+    with pytest.raises(LeaseLostError, match="driver 2 has taken over from driver 1"):
+        both[0].wait()
+    with pytest.raises(NotSavedError):
+        both[1].wait(must=True)
+    assert committed(run.checkpoints) == []
 
 
 def test_a_rank_that_never_writes_costs_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
