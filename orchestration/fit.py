@@ -54,39 +54,41 @@ def fit(
     Raises:
         TrainingError: training has stopped for good; or it is done, and MLflow has not taken all that is to be shown.
         KeyboardInterrupt: it was asked to stop, and has saved; says where.
+        MlflowException: MLflow answers, and refuses.
     """
     mailbox = open_mailbox(folder.facts.get("micro_batch"))
     training = _Training(_trainer(recipe, data, folder, lease, mailbox, profiling))
     watch = _Watch(mailbox, training, folder, page, progress, recipe.train.steps, profiling)
-    page.begins(newest_step(folder), machines())
-    try:
-        training.start()
+    training.start()  # its workers need longer than MLflow, which may refuse: then they end with the driver's Ray
+    with page:
+        page.begins(newest_step(folder), machines())
         try:
-            watch.until(lambda: False)
-        except KeyboardInterrupt:
-            progress.console.print("stopping: the workers save first; once more stops them at once", style="yellow")
-            mailbox.ask.remote("stop")
-            deadline = time.monotonic() + STOP_SECONDS
-            watch.until(lambda: watch.stopped or time.monotonic() > deadline)
+            try:
+                watch.until(lambda: False)
+            except KeyboardInterrupt:
+                progress.console.print("stopping: the workers save first; once more stops them at once", style="yellow")
+                mailbox.ask.remote("stop")
+                deadline = time.monotonic() + STOP_SECONDS
+                watch.until(lambda: watch.stopped or time.monotonic() > deadline)
+                raise
+            if training.error is not None:
+                raise TrainingError(
+                    f"parallel.max_failures: the workers failed more than {recipe.parallel.max_failures} times without "
+                    f"a new step, or found no room for {recipe.parallel.workers.min} of them; the last time:\n"
+                    f"{training.error}"
+                )
+        except (KeyboardInterrupt, TrainingError) as stop:
+            if isinstance(stop, KeyboardInterrupt):
+                page.close("KILLED", SEND_SECONDS)  # who stops it does not wait for long, and then kills
+                raise KeyboardInterrupt(f"the newest checkpoint is of step {newest_step(folder)}") from None
+            page.close("FAILED")
             raise
-        if training.error is not None:
+        watch.close()
+        if not page.close("FINISHED"):
             raise TrainingError(
-                f"parallel.max_failures: the workers failed more than {recipe.parallel.max_failures} times without a "
-                f"new step, or found no room for {recipe.parallel.workers.min} of them; the last time:\n"
-                f"{training.error}"
+                "tracking.uri: the run is trained and saved, but MLflow has not taken all of its curves; once it does, "
+                "the same command sends the rest, evaluates the model and registers it"
             )
-    except (KeyboardInterrupt, TrainingError) as stop:
-        if isinstance(stop, KeyboardInterrupt):
-            page.close("KILLED", SEND_SECONDS)  # who stops it does not wait for long, and then kills
-            raise KeyboardInterrupt(f"the newest checkpoint is of step {newest_step(folder)}") from None
-        page.close("FAILED")
-        raise
-    watch.close()
-    if not page.close("FINISHED"):
-        raise TrainingError(
-            "tracking.uri: the run is trained and saved, but MLflow has not taken all of its curves; once it does, the "
-            "same command sends the rest, evaluates the model and registers it"
-        )
 
 
 def _trainer(

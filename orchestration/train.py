@@ -66,8 +66,8 @@ def _run(recipe: Recipe, folder: RunFolder, lease: int, console: Console, profil
             _pin_data(folder, digests)
             if newest is not None:
                 console.print(f"run [bold]{recipe.name}[/]: going on from step {newest.steps}")
-            with Page(recipe, folder, lambda text, style: tell(progress, text, style)) as page:
-                fit(recipe, data_folders(recipe), folder, lease, page, progress, profiling)
+            page = Page(recipe, folder, lambda text, style: tell(progress, text, style))
+            fit(recipe, data_folders(recipe), folder, lease, page, progress, profiling)
             tracker = page.tracker
     else:
         console.print(f"run [bold]{recipe.name}[/]: finished at step {newest.steps}; evaluating")
