@@ -79,6 +79,8 @@ class Curves:
                     named = dict(zip(self._names, values, strict=False)) | {
                         name: float(quantile(histogram, q)) for name, q in QUANTILES.items()
                     }
+                    if not self._weights:
+                        del named["loss/commitment"]
                     named |= self._host_values(report, norm)
                     self._points += [(name, v, when, report.done) for name, v in named.items() if math.isfinite(v)]
         taken = sorted(self._points, key=lambda point: point[3])

@@ -200,13 +200,12 @@ def _curves(
 ) -> Tensor:
     """Each sample's part of the curves, and of the histogram of kept slots: [m, M + K + 1].
 
-    The count error is NaN where the number of objects is unknown, the commitment where there is no codebook.
+    The count error is NaN where the number of objects is unknown; the commitment is zero where there is no codebook.
     """
     kept = output.keep.sum(dim=1)
     count_error = torch.where(num_objects < 0, torch.nan, (kept - background_slots - num_objects).abs())
     total = reconstruction + penalty + output.auxiliary
-    # A gate adds nothing in value: what has a value is a codebook's.
-    commitment = torch.full_like(total, torch.nan) if output.code_tally is None else output.auxiliary
+    commitment = output.auxiliary  # a gate's adds nothing in value
     columns = [total, reconstruction, penalty, kept, output.keep.mean(dim=1), count_error, commitment]
     histogram = kept[:, None].round() == torch.arange(output.keep.shape[1] + 1, device=kept.device)  # [m, K + 1]
     return torch.cat([torch.stack(columns, dim=1), output.keep_probability, histogram], dim=1).float()
