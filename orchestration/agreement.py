@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from orchestration.mailbox import Leaving, Stopped
+from orchestration.wording import counted
 
 Pause = Literal["save", "stop", "leave", "resize"]
 ANSWER_SECONDS = 60.0  # that rank 0 may take to answer the others
@@ -45,7 +46,9 @@ def departure(pause: Pause, done: int, newest: int, saved: bool) -> Stopped | Le
         return Stopped()
     if saved:
         return Leaving(f"saved at step {done}")
-    return Leaving(f"step {done} could not be saved: {done - newest} steps after step {newest} will be done again")
+    return Leaving(
+        f"step {done} could not be saved: {counted(done - newest, 'step')} after step {newest} will be done again"
+    )
 
 
 class Agreement:

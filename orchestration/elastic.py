@@ -28,6 +28,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from orchestration.events import Kind
 from orchestration.mailbox import Leaving
+from orchestration.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ class SavedResizes(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(self, *state: Any, **status: Any) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(*state, **status)
         if isinstance(decision, ResizeDecision):
-            self._mailbox.resize.remote(time.time(), f"room for {decision.num_workers} workers: saving to resize")
+            self._mailbox.resize.remote(
+                time.time(), f"room for {counted(decision.num_workers, 'worker')}: saving to resize"
+            )
         return NoopDecision()
 
 
@@ -170,7 +173,7 @@ class Notices(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._mailbox.mark.remote("grouped", time.time())
-        self._mailbox.happened.remote(time.time(), "workers", f"training on {len(worker_group)} workers")
+        self._mailbox.happened.remote(time.time(), "workers", f"training on {counted(len(worker_group), 'worker')}")
 
 
 def _draining() -> set[str]:

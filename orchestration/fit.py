@@ -27,6 +27,7 @@ from orchestration.runs.folder import RunFolder
 from orchestration.terminal import tell
 from orchestration.tracking.page import Page, newest_step
 from orchestration.tracking.provenance import machines
+from orchestration.wording import counted
 
 POLL_SECONDS = 0.5
 UNSCHEDULED_LIMIT = 30  # times that a worker group of a fixed size may find no room
@@ -73,9 +74,9 @@ def fit(
                 raise
             if training.error is not None:
                 raise TrainingError(
-                    f"parallel.max_failures: the workers failed more than {recipe.parallel.max_failures} times without "
-                    f"a new step, or found no room for {recipe.parallel.workers.min} of them; the last time:\n"
-                    f"{training.error}"
+                    "parallel.max_failures: the workers failed more than "
+                    f"{counted(recipe.parallel.max_failures, 'time')} without a new step, or found no room for "
+                    f"{recipe.parallel.workers.min} of them; the last time:\n{training.error}"
                 )
         except (KeyboardInterrupt, TrainingError) as stop:
             if isinstance(stop, KeyboardInterrupt):

@@ -32,6 +32,7 @@ from orchestration.runs.folder import RunFolder
 from orchestration.runs.lease import LeaseLostError, check_lease
 from orchestration.runs.saver import NotSavedError, Saver, new_token
 from orchestration.schedule import Schedule
+from orchestration.wording import counted
 from orchestration.worker import DivergedError, Hook, StepReport, train
 from pipelines import DataError, Sources, micro_batches
 from pipelines.sets import place_of
@@ -116,7 +117,8 @@ def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
     )
     if moments is not None:
         engine.load_moments(moments, start)
-    logger.info("training from step %d on %d workers, %s, ZeRO stage %d", start, world, device, engine.zero_stage)
+    workers = counted(world, "worker")
+    logger.info("training from step %d on %s, %s, ZeRO stage %d", start, workers, device, engine.zero_stage)
 
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     board = open_board(rank, world, address, lambda decide: _agree(decide, rank))

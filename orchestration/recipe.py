@@ -16,6 +16,7 @@ from orchestration.credentials import in_url
 from orchestration.data_section import DataSection
 from orchestration.model_section import ModelSection
 from orchestration.section import Section
+from orchestration.wording import counted
 
 # What a run may change between submissions without becoming another run: where and how it computes, is shown and is
 # promoted, but nothing that its curve depends on. The data's folders may move; their digests are pinned apart.
@@ -173,7 +174,7 @@ class Recipe(Section):
         if train.batch_size < self.parallel.workers.min:
             raise ValueError(
                 f"parallel.workers.min: {self.parallel.workers.min} is more than train.batch_size: "
-                f"{train.batch_size} samples; lower it or raise the batch"
+                f"{counted(train.batch_size, 'sample')}; lower it or raise the batch"
             )
         pictures, evaluations = self.tracking.pictures_every, self.evaluate.every
         if pictures is not None and pictures % evaluations:

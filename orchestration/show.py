@@ -27,6 +27,7 @@ from orchestration.runs.folder import RunFolder
 from orchestration.terminal import new_progress
 from orchestration.tracking import Tracker
 from orchestration.tracking.description import describe
+from orchestration.wording import counted
 
 PICTURED = 6  # scenes in the picture
 PLOTTED = ("loss/reconstruction", "eval/fg_ari", "slots/kept_mean", "slots/count_error")
@@ -58,7 +59,9 @@ def report(recipe: Recipe, folder: RunFolder, tracker: Tracker, data: Data, cons
 
     outcome = _outcome(recipe, evaluation, tracker, registered)
     describe(tracker, recipe, outcome)
-    table = Table(title=f"{recipe.name} after {recipe.train.steps} steps", show_header=False, title_justify="left")
+    table = Table(
+        title=f"{recipe.name} after {counted(recipe.train.steps, 'step')}", show_header=False, title_justify="left"
+    )
     mine = {"MLflow run": f"{tracker.run_name} ({tracker.run_id})", "pictures": str(pictures)}
     for row in (outcome | mine).items():
         table.add_row(*row)

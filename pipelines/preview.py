@@ -90,7 +90,7 @@ def _tile(folder: Path, index: Index, number: int) -> tuple[str, NDArray[np.uint
 
 
 def _objects(sample: Sample) -> str:
-    return "" if sample.num_objects == UNKNOWN else f"  {sample.num_objects} objects"
+    return "" if sample.num_objects == UNKNOWN else f"  objects: {sample.num_objects}"
 
 
 def _pictures(sample: Sample) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from orchestration.command_line import console, fail, say
+from orchestration.wording import counted
 
 cluster = typer.Typer(
     help="Clusters to train on: one on this machine to try, and the check of a file before machines are rented.",
@@ -34,7 +35,7 @@ def check(
     for problem in verdict.problems:
         errors.print(problem, style="red", highlight=False, markup=False)
     if verdict.problems:
-        fail(f"{file}: {len(verdict.problems)} problems", 1)
+        fail(f"{file}: {counted(len(verdict.problems), 'problem')}", 1)
     for fact in verdict.right:
         say(fact)
     for place in verdict.open:

@@ -75,7 +75,7 @@ def kuberay_facts(manifest: Config) -> Iterator[str]:
         if name != config["head_node_type"]:
             has = ", ".join(f"{count} {what}" for what, count in group["resources"].items() if what != "memory")
             yield f"{name}: {group['min_workers']} to {group['max_workers']} pods ({has})"
-    yield f"idle pods go after {config['idle_timeout_minutes']:g} minutes"
+    yield f"idle pods go after {config['idle_timeout_minutes']:g} min"
     yield "token on every pod, dashboard inside the cluster alone, no secret in the file"
 
 

@@ -89,5 +89,5 @@ def launcher_facts(config: Config) -> Iterator[str]:
             price = "spot" if is_spot(kind, node_type["node_config"]) else "on demand"
             has = ", ".join(f"{count} {what}" for what, count in node_type["resources"].items())
             yield f"{name}: {node_type['min_workers']} to {node_type['max_workers']} {machine} ({has}), {price}"
-    yield f"idle nodes go after {config['idle_timeout_minutes']} minutes"
+    yield f"idle nodes go after {config['idle_timeout_minutes']} min"
     yield "token on every node, dashboard on loopback, no public address, no secret in the file"

@@ -12,6 +12,7 @@ from orchestration.planning.measure import StepTime, activation_bytes, model_siz
 from orchestration.planning.scaling import Network, Observation, Scale, fitted, scales
 from orchestration.prepare import data_folders, is_prepared
 from orchestration.recipe import Recipe, RecipeError
+from orchestration.wording import counted
 from pipelines import DataError, Sources, micro_batches, read_index
 from pipelines.sets import Sets, mixture
 
@@ -145,7 +146,9 @@ def _sample_seconds(recipe: Recipe, given: Assumptions) -> tuple[float | None, s
     if given.step_seconds is None and given.observed:
         workers, batch, seconds = given.observed[0]
         count, size = micro_batches(batch, workers, recipe.train.micro_batch)
-        return seconds / (count * size), f"from a step of {seconds:g} s for {batch} images on {workers} workers"
+        return seconds / (
+            count * size
+        ), f"from a step of {seconds:g} s for {counted(batch, 'image')} on {counted(workers, 'worker')}"
     if given.step_seconds is not None:
         workers = given.step_workers or recipe.parallel.workers.min
         if workers > recipe.train.batch_size:
@@ -154,13 +157,15 @@ def _sample_seconds(recipe: Recipe, given: Assumptions) -> tuple[float | None, s
                 "image; give the number of workers that the step ran on, at most one for each image"
             )
         count, size = micro_batches(recipe.train.batch_size, workers, recipe.train.micro_batch)
-        return given.step_seconds / (count * size), f"from a step of {given.step_seconds:g} s on {workers} workers"
+        return given.step_seconds / (
+            count * size
+        ), f"from a step of {given.step_seconds:g} s on {counted(workers, 'worker')}"
     if not given.measure:
         return None, "unknown; give --step-seconds, or measure"
     found: StepTime = step_time(recipe, MEASURE_SECONDS)
     return found.sample_seconds, (
-        f"measured on this machine's CPU ({torch.get_num_threads()} threads, {found.steps} steps of "
-        f"{found.micro_batch} images): for GPUs give --step-seconds"
+        f"measured on this machine's CPU ({counted(torch.get_num_threads(), 'thread')}, "
+        f"{counted(found.steps, 'step')} of {counted(found.micro_batch, 'image')}): for GPUs give --step-seconds"
     )
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from orchestration.profiling.profile import StepProfile
 from orchestration.recipe import RecipeError
+from orchestration.wording import counted
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class Wish:
 def profile_table(profile: StepProfile) -> Table:
     """Where a step's time went."""
     table = Table(
-        title=f"Where a step's time went: rank 0, {profile.steps} steps", title_justify="left", box=None, pad_edge=False
+        title=f"Where a step's time went: rank 0, {counted(profile.steps, 'step')}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
     )
     table.add_column("part")
     table.add_column("ms a step", justify="right")

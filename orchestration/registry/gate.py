@@ -7,6 +7,7 @@ import numpy as np
 from orchestration.evaluate import yardstick
 from orchestration.recipe import RegistrySection
 from orchestration.scores import Scores, difference_bound
+from orchestration.wording import counted
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,12 @@ def judge(
     told = ~(np.isnan(ours[metric]) & np.isnan(theirs[metric]))  # the same images for both
     mine, yours = ours[metric][told], theirs[metric][told]
     if len(mine) < 2:
-        return Verdict(
-            False, f"data.eval: {len(mine)} held-out images are too few to compare by {metric}; hold out more"
-        )
+        return Verdict(False, f"data.eval: too few held-out images to compare by {metric}, {len(mine)}; hold out more")
     difference, bound = difference_bound(sign * mine, sign * yours, gate.confidence)
     found = Comparison(metric, len(mine), float(mine.mean()), float(yours.mean()), difference, bound)
     reason = (
-        f"{metric} {found.candidate:.4f} against {found.champion:.4f} of {rival} on the same {len(mine)} images; with "
-        f"{gate.confidence:.0%} confidence it is better by at least {bound:+.4f}"
+        f"{metric} {found.candidate:.4f} against {found.champion:.4f} of {rival} on the same "
+        f"{counted(len(mine), 'image')}; with {gate.confidence:.0%} confidence it is better by at least {bound:+.4f}"
     )
     if bound >= -gate.tolerated_loss:
         return Verdict(True, f"the floors hold; {reason}", found)

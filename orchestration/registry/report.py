@@ -13,6 +13,7 @@ from orchestration.registry.held_out import HeldOut
 from orchestration.registry.record import figure, shown
 from orchestration.registry.trained import Trained
 from orchestration.scores import CONFIDENCE, RESAMPLES, Estimate
+from orchestration.wording import counted
 
 SEEDS = (0, 1, 2)
 """Of the initial slots' fixed noise; a registered model has the first."""
@@ -73,12 +74,12 @@ class Report:
         }
 
     def table(self) -> Table:
-        title = f"{self.label} on {self.images} held-out images ({self.held_out[:12]})"
+        title = f"{self.label} on {counted(self.images, 'held-out image')} ({self.held_out[:12]})"
         caption = f"{CONFIDENCE:.0%} percentile bootstrap over images; ±: deviation over {len(SEEDS)} seeds"
         table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
         table.add_column("metric")
         for slots in self.figures:
-            table.add_column(f"{slots} slots", justify="right")
+            table.add_column(counted(slots, "slot"), justify="right")
         for name in next(iter(self.figures.values())):
             row = [figures[name] for figures in self.figures.values()]
             table.add_row(name, *(escape(f"{shown(found.estimate)} ± {found.spread:.4f}") for found in row))

@@ -81,7 +81,9 @@ class Trained:
                 "with initial: shared"
             )
         if slots <= self.background_slots:
-            raise ValueError(f"{slots} slots: {self.background_slots} of them hold background; take more than those")
+            raise ValueError(
+                f"slots: {slots}, and {self.background_slots} of them for background; take more than those"
+            )
         parts = self.model.model_copy(update={"num_slots": slots}).model_dump()
         parts["attention"]["seed"] = seed
         with torch.random.fork_rng(devices=[]):  # initial values are drawn, and overwritten at once

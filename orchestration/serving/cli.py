@@ -10,6 +10,7 @@ from rich.console import Console
 from orchestration.command_line import console, fail, say
 from orchestration.recipe import RecipeError
 from orchestration.terminal import new_progress
+from orchestration.wording import counted
 
 if TYPE_CHECKING:
     from orchestration.serving.finder import ModelName
@@ -69,7 +70,7 @@ def predict(
     except KeyboardInterrupt:
         fail("interrupted; what is whole stays, say the same again", INTERRUPTED)
     if failed:
-        fail(f"{failed} images could not be predicted", 1)
+        fail(f"{counted(failed, 'image')} could not be predicted", 1)
 
 
 def serve(
@@ -133,9 +134,10 @@ def _files(paths: list[Path], model: "ModelName", out: Path) -> int:
                 failed += 1
                 _warn(f"{found.image}: {found.reason}")
             else:
-                say(f"{found.image}: {found.objects} objects; {', '.join(map(str, found.written))}")
+                say(f"{found.image}: {counted(found.objects, 'object')}; {', '.join(map(str, found.written))}")
     seconds = time.perf_counter() - clock
-    say(f"{len(paths) - failed} images in {seconds:.1f} s ({(len(paths) - failed) / seconds:.1f}/s), {failed} failed")
+    done = len(paths) - failed
+    say(f"{counted(done, 'image')} in {seconds:.1f} s ({done / seconds:.1f}/s), {failed} failed")
     return failed
 
 
@@ -153,7 +155,7 @@ def _set(place: str, model: "ModelName", out: Path, workers: int | None) -> int:
     if work.missing:
         failed += _missing(source, work, model, out, workers)
     seconds = time.perf_counter() - clock
-    rate = f"{work.images} images in {seconds:.1f} s ({work.images / seconds:.1f}/s)"
+    rate = f"{counted(work.images, 'image')} in {seconds:.1f} s ({work.images / seconds:.1f}/s)"
     say(f"{rate}, {work.there} there before, {failed} failed: {out}")
     return failed
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from orchestration.command_line import Overrides, console, fail, say
 from orchestration.recipe import RecipeError, load_recipe
 from orchestration.terminal import new_progress
+from orchestration.wording import counted
 
 if TYPE_CHECKING:
     from orchestration.shards.work import Spread
@@ -118,7 +119,8 @@ def ingest(
         console.print(f"left out: {line}", style="yellow", highlight=False, markup=False)
     train, held = (index.num_samples if index else 0 for index in (result.train, result.held_out))
     rate = _rate(train + held, clock)
-    say(f"{rate}, {train} training images, {held} held out, {len(result.left_out)} records left out: {out}")
+    left_out = counted(len(result.left_out), "record")
+    say(f"{rate}, {counted(train, 'training image')}, {held} held out, {left_out} left out: {out}")
 
 
 @shards.command(epilog="For example: slotforge shards index my-shards; slotforge shards verify my-shards")
@@ -136,7 +138,7 @@ def index(
     with _data_errors(), _spread(local) as (spread, _), new_progress(console) as progress:
         found = index_set(folder, spread, progress)
     masks = "with masks" if found.about.get("masks") else "without masks for all"
-    say(f"{_rate(found.num_samples, clock)}, {len(found.shards)} shards, {masks}: {folder / 'index.json'}")
+    say(f"{_rate(found.num_samples, clock)}, {counted(len(found.shards), 'shard')}, {masks}: {folder / 'index.json'}")
 
 
 @shards.command(epilog="For example: slotforge shards verify shards/train || echo damaged")
@@ -159,7 +161,7 @@ def verify(
                 found += 1
                 Console(stderr=True, soft_wrap=True).print(problem, style="red", highlight=False, markup=False)
     if found:
-        fail(f"{folder}: {found} problem{'s' if found > 1 else ''}", 1)
+        fail(f"{folder}: {counted(found, 'problem')}", 1)
     say(f"{_rate(known.num_samples, clock)}, {folder}: every shard is whole")
 
 
@@ -181,7 +183,7 @@ def preview(
             sheet.save(out, format="PNG")
         except OSError as error:
             fail(f"--out {out}: cannot be written ({error}); name another file", 1)
-    say(f"{samples} samples of {folder}: {out}")
+    say(f"{counted(samples, 'sample')} of {folder}: {out}")
 
 
 def _make_for(recipe: str, overrides: list[str]) -> None:
@@ -234,4 +236,4 @@ def _data_errors() -> Iterator[None]:
 
 def _rate(samples: int, since: float) -> str:
     seconds = time.perf_counter() - since
-    return f"{samples} samples in {seconds:.0f} s ({samples / seconds:.0f}/s)"
+    return f"{counted(samples, 'sample')} in {seconds:.0f} s ({samples / seconds:.0f}/s)"

@@ -18,6 +18,7 @@ from orchestration.submission.log import LogView
 from orchestration.submission.package import pack
 from orchestration.terminal import new_progress
 from orchestration.train import INTERRUPTED
+from orchestration.wording import counted
 
 START_SECONDS = 60.0
 """In which a head that has just told its address gets ready for jobs."""
@@ -101,7 +102,9 @@ def run_to_the_end(
             return code
         wait = wait_before_retry(outcome)
         retries -= 1
-        console.print(f"{said}; once more in {wait:.0f} s, {retries} times left after it", style="yellow", markup=False)
+        console.print(
+            f"{said}; once more in {wait:.0f} s, {counted(retries, 'time')} left after it", style="yellow", markup=False
+        )
         try:
             sleep(wait)
         except KeyboardInterrupt:

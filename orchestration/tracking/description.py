@@ -6,6 +6,7 @@ from urllib.parse import urlencode
 
 from orchestration.recipe import Recipe
 from orchestration.tracking.tracker import PICTURES, Tracker
+from orchestration.wording import counted
 
 NOTE = "mlflow.note.content"
 LEGENDS = {
@@ -42,10 +43,12 @@ def describe(tracker: Tracker, recipe: Recipe, outcome: Mapping[str, str] | None
     decides = "a gate" if model.gate is not None else "a codebook" if model.codebook is not None else "nobody"
     rows = {
         **(outcome or {}),
-        "data": ", ".join(f"{count} images in {name}" for name, count in sorted(images.items(), reverse=True)),
-        "model": f"{model.num_slots} slots ({decides} decides which are kept), images of {model.image_size} x "
-        f"{model.image_size}, {tags.get('slotforge.parameters', 'some')} parameters",
-        "training": f"{train.steps} steps of {train.batch_size} images, seed {recipe.seed}",
+        "data": ", ".join(
+            f"{counted(count, 'image')} in {name}" for name, count in sorted(images.items(), reverse=True)
+        ),
+        "model": f"{counted(model.num_slots, 'slot')} ({decides} decides which are kept), images of "
+        f"{model.image_size} x {model.image_size}, {tags.get('slotforge.parameters', 'some')} parameters",
+        "training": f"{counted(train.steps, 'step')} of {counted(train.batch_size, 'image')}, seed {recipe.seed}",
         "code": tags.get("slotforge.code", ""),
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)])

@@ -17,6 +17,7 @@ from orchestration.tracking.nodes import Nodes
 from orchestration.tracking.provenance import Provenance, code
 from orchestration.tracking.sender import CLOSE_SECONDS, Cargo, Sender
 from orchestration.tracking.tracker import Tracker
+from orchestration.wording import counted
 
 End = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -58,7 +59,9 @@ class Page:
         """The run begins, or goes on, after so many steps, on these machines."""
         self._provenance.runs_on(machines)
         self._sender.status("RUNNING")
-        self.happened(Event(time.time(), "start", f"from step {step} on {len(machines)} nodes, {self._code}", step))
+        self.happened(
+            Event(time.time(), "start", f"from step {step} on {counted(len(machines), 'node')}, {self._code}", step)
+        )
 
     def happened(self, *events: Event) -> None:
         """Notes events, and shows them."""

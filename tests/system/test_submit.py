@@ -72,7 +72,7 @@ def test_a_job_that_is_stopped_saves_and_the_next_goes_on_with_it(twin: tuple[Ru
         output, _ = submission.communicate(timeout=PATIENCE)
     assert submission.returncode == 130, output  # and it was not submitted again
     assert "asking submitted-" in output and "was stopped" in output
-    assert "training from step 0 on 1 workers" in output, "the ranks' own log is shown"
+    assert "training from step 0 on 1 worker" in output, "the ranks' own log is shown"
     saved = run.newest_step()
     assert 60 <= saved < 600
     assert f"the newest checkpoint is of step {saved}" in output
@@ -84,7 +84,7 @@ def test_a_job_that_is_stopped_saves_and_the_next_goes_on_with_it(twin: tuple[Ru
         [*rays, *again], env=head.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"training from step {saved} on 1 workers" in done.stdout
+    assert f"training from step {saved} on 1 worker" in done.stdout
     assert "FG-ARI on 90 held-out scenes" in done.stdout
 
     mine, theirs = run.curves(), undisturbed.curves()

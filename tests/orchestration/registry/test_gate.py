@@ -90,4 +90,4 @@ def test_other_images_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="of other images"):
         against(scores(), other)
     few = Scores({"fg_ari": np.ones(1)}, np.ones(1, dtype=np.int64), np.ones(1, dtype=np.int64), 5, 0)
-    assert "1 held-out images are too few" in against(few, few).reason
+    assert "too few held-out images to compare by fg_ari, 1;" in against(few, few).reason

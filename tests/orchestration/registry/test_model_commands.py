@@ -109,7 +109,7 @@ def test_a_learned_initial_value_for_each_slot_allows_one_number(recipe: Recipe)
     trained = Trained(recipe.model.model_copy(update={"attention": attention}), 0, {})
     with pytest.raises(ValueError, match="6 slots: this model learned an initial value for each of its 4 slots"):
         trained.finder(6)
-    with pytest.raises(ValueError, match="1 slots: 1 of them hold background"):
+    with pytest.raises(ValueError, match="slots: 1, and 1 of them for background"):
         Trained(recipe.model, 1, {}).finder(1)
 
 

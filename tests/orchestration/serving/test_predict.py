@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from orchestration.cli import app
 from orchestration.serving.finder import Finder, ModelName
+from orchestration.wording import counted
 
 
 def run(model: ModelName, *words: object) -> Result:
@@ -36,7 +37,7 @@ def test_every_image_gets_pictures_and_facts(model: ModelName, finder: Finder, t
         for kind, picture in (("masks", found.overlay()), ("slots", found.strip())):
             written = Image.open(tmp_path / "out" / f"{number}.{kind}.png")
             np.testing.assert_array_equal(np.asarray(written), picture)
-    assert f"1.png: {expected[1].objects} objects" in done.output and "35 images in" in done.output
+    assert f"1.png: {counted(expected[1].objects, 'object')}" in done.output and "35 images in" in done.output
 
 
 def test_a_photo_of_any_size_and_format(model: ModelName, tmp_path: Path) -> None:
@@ -47,6 +48,8 @@ def test_a_photo_of_any_size_and_format(model: ModelName, tmp_path: Path) -> Non
 
 def test_broken_images_are_named_and_the_others_predicted(model: ModelName, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
+    alone = run(model, tmp_path / "text.png", saved(tmp_path / "c.png", 3), "--out", tmp_path / "alone")
+    assert "1 image could not be predicted" in alone.output and "1 image in" in alone.output
     images = [
         saved(tmp_path / "a.png", 1),
         tmp_path / "text.png",

@@ -90,7 +90,7 @@ def test_images_are_ingested_and_bad_ones_stop_it(tmp_path: Path) -> None:
     bad = run("ingest", tmp_path / "in", tmp_path / "bad", "--size", 4, "--local")
     assert bad.exit_code == 1 and "3.png" in bad.output and not (tmp_path / "bad" / "train" / "index.json").exists()
     skipped = run("ingest", tmp_path / "in", tmp_path / "bad", "--size", 4, "--local", "--skip-bad")
-    assert skipped.exit_code == 0 and "left out: 3.png" in skipped.output and "1 records left out" in skipped.output
+    assert skipped.exit_code == 0 and "left out: 3.png" in skipped.output and "1 record left out" in skipped.output
 
 
 @pytest.mark.parametrize(
