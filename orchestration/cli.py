@@ -8,7 +8,7 @@ import typer
 from orchestration.clusters.cli import cluster
 from orchestration.command_line import Overrides, RecipeName, console, fail
 from orchestration.planning.cli import plan
-from orchestration.recipe import RecipeError, load_recipe
+from orchestration.recipe_files import RecipeError
 from orchestration.registry.cli import models
 from orchestration.serving.cli import predict, serve
 from orchestration.shards.cli import shards
@@ -48,6 +48,8 @@ def recipe(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Check a recipe and print it with every default filled in."""
+    from orchestration.recipe import load_recipe
+
     try:
         console.print(load_recipe(recipe, overrides).yaml(), end="", highlight=False, markup=False)
     except RecipeError as error:

@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from orchestration.recipe import recipe_names
+from orchestration.recipe_files import recipe_names
 from orchestration.terminal import complain
 
 console = Console(soft_wrap=True)

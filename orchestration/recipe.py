@@ -15,6 +15,8 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator, model
 from orchestration.credentials import in_url
 from orchestration.data_section import DataSection
 from orchestration.model_section import ModelSection
+from orchestration.recipe_files import RecipeError as RecipeError
+from orchestration.recipe_files import find_recipe
 from orchestration.section import Section
 from orchestration.wording import counted
 
@@ -32,10 +34,6 @@ MUTABLE: dict[str, Any] = {
 Floor = Literal["ari", "fg_ari", "mbo", "miou", "corloc", "count_correlation", "count_accuracy"]
 Compared = Literal["ari", "fg_ari", "mbo", "miou", "corloc", "count_error", "count_accuracy", "reconstruction"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class RecipeError(Exception):
-    """A recipe that cannot run: a sentence with the field's path, its value and the cure, for each problem."""
 
 
 class TrainSection(Section):
@@ -249,27 +247,6 @@ def parse_recipe(fields: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"recipe: a value is not plain YAML ({error}); use numbers, strings and lists") from error
 
 
-def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or a name in a recipes folder (the current one's, then the project's).
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if Path(name).suffix in {".yaml", ".yml"}:
-        if not Path(name).is_file():
-            raise RecipeError(f"recipe: there is no file {name}; give a path that exists or one of {recipe_names()}")
-        return Path(name)
-    for folder in _folders():
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    raise RecipeError(f"recipe: there is no recipe {name!r}; take one of {recipe_names()} or a path to a YAML file")
-
-
-def recipe_names() -> list[str]:
-    """The names that load_recipe finds without a path."""
-    return sorted({path.stem for folder in _folders() if folder.is_dir() for path in folder.glob("*.yaml")})
-
-
 def state_home() -> Path:
     """The folder of data, runs and the default MLflow store: $SLOTFORGE_HOME, or .slotforge in the home folder."""
     return Path(os.environ.get("SLOTFORGE_HOME") or Path.home() / ".slotforge").expanduser().absolute()
@@ -282,11 +259,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
-
-
-def _folders() -> list[Path]:
-    package = Path(__file__).parent
-    return [Path("recipes"), package.parent / "recipes", package / "recipes"]
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from orchestration.mailbox import TrainingError
 from orchestration.profiling.show import Wish
-from orchestration.recipe import Recipe, RecipeError, load_recipe, recipe_names
+from orchestration.recipe import Recipe, RecipeError, load_recipe
+from orchestration.recipe_files import recipe_names
 from orchestration.runs.folder import RunFolder
 from orchestration.runs.lease import Lease, LeaseHeldError, LeaseLostError
 from orchestration.terminal import complain, new_progress, tell

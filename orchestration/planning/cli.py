@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from orchestration.command_line import Overrides, RecipeName, console, fail
-from orchestration.recipe import RecipeError, load_recipe
+from orchestration.recipe_files import RecipeError
 
 
 def plan(
@@ -29,6 +29,7 @@ def plan(
 
     from orchestration.planning import report
     from orchestration.planning.plan import Assumptions, plan_run
+    from orchestration.recipe import load_recipe
 
     try:
         given = Assumptions(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from orchestration.command_line import Overrides, console, fail, say
-from orchestration.recipe import RecipeError
+from orchestration.recipe_files import RecipeError
 from orchestration.terminal import new_progress
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 
-from orchestration.recipe import Recipe, load_recipe, recipe_names
+from orchestration.recipe import Recipe, load_recipe
+from orchestration.recipe_files import recipe_names
 from orchestration.registry.loading import recipe_of, trained, version_of
 from orchestration.registry.package import registered_version
 from orchestration.registry.trained import Trained

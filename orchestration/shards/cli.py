@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from orchestration.command_line import Overrides, console, fail, say
-from orchestration.recipe import RecipeError, load_recipe
+from orchestration.recipe_files import RecipeError
 from orchestration.terminal import new_progress
 from orchestration.wording import counted
 
@@ -190,6 +190,7 @@ def _make_for(recipe: str, overrides: list[str]) -> None:
     """Render the scenes of a recipe."""
     from orchestration.clusters.connection import ray_cluster
     from orchestration.prepare import check_data, data_folders, prepare
+    from orchestration.recipe import load_recipe
 
     try:
         loaded = load_recipe(recipe, overrides)

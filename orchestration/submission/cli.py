@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orchestration.command_line import Overrides, RecipeName, console, fail
-from orchestration.recipe import RecipeError
+from orchestration.recipe_files import RecipeError
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that Ray's own commands take the dashboard's address from."""

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from orchestration.recipe import find_recipe, load_recipe
+from orchestration.recipe import load_recipe
+from orchestration.recipe_files import find_recipe
 from orchestration.runs.lease import LEASE_SECONDS
 from orchestration.submission.follow import End, Follower, Jobs, Outcome
 from orchestration.submission.job import PASSED_ON, Job, check_places, environment

@@ -10,7 +10,8 @@ from orchestration.assembly import build_model
 from orchestration.curves import Curves
 from orchestration.engine import PlainEngine
 from orchestration.planning.measure import synthetic_batch
-from orchestration.recipe import Recipe, load_recipe, parse_recipe, recipe_names
+from orchestration.recipe import Recipe, load_recipe, parse_recipe
+from orchestration.recipe_files import recipe_names
 from orchestration.schedule import Schedule
 from orchestration.worker import train
 from pipelines.batches import MicroBatch

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.recipe import RecipeError, load_recipe, recipe_names
+from orchestration.recipe import RecipeError, load_recipe
+from orchestration.recipe_files import recipe_names
 from orchestration.schedule import Schedule
 
 WRONG = [
