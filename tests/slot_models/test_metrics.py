@@ -1,18 +1,18 @@
-"""Segmentation metrics against scikit-learn and exhaustive matching, and their sums over batches and ranks."""
+"""Overlaps of masks with objects against exhaustive matching, and what all segmentation metrics have in common."""
 
 import sys
 from collections.abc import Callable
-from itertools import pairwise, permutations
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segmentations import scene
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 
 from slot_models.metrics import (
-    MetricSums,
     adjusted_rand_index,
     correct_localization,
     foreground_ari,
@@ -39,20 +39,6 @@ def one_hot(labels: np.ndarray, num_slots: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.from_numpy(labels).long(), num_slots).movedim(-1, 1).float()
 
 
-def scene(
-    seed: int, objects: int, num_slots: int, height: int, width: int, agreement: float, batch: int = 3
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random true masks, and masks without ties whose argmax follows them on a share of the pixels."""
-    random = np.random.default_rng(seed)
-    true = random.integers(0, objects + 1, (batch, height, width))
-    scores = random.random((batch, num_slots, height, width))
-    slot_of = random.integers(0, num_slots, objects + 1)
-    follows = random.random(true.shape) < agreement
-    for slot in range(num_slots):
-        scores[:, slot] += follows & (slot_of[true] == slot)
-    return torch.from_numpy(true.astype(np.uint8)), torch.from_numpy(scores)
-
-
 def by_hand(true: np.ndarray, labels: np.ndarray, num_slots: int) -> dict[str, float]:
     """The metrics of one image (flat arrays), one object and one slot at a time; matching by trying everything."""
     objects = [label for label in np.unique(true) if label > 0]
@@ -68,108 +54,6 @@ def by_hand(true: np.ndarray, labels: np.ndarray, num_slots: int) -> dict[str, f
     ]
     best = table.max(axis=1)
     return {"mbo": best.mean(), "miou": max(sums) / len(objects), "corloc": float(any(best > 0.5))}
-
-
-@st.composite
-def labelings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Two labelings [B, N] of the same points, each with one to six clusters; N may be 0."""
-    shape, seed = (draw(st.integers(1, 4)), draw(st.integers(0, 40))), draw(st.integers(0, 2**32))
-    random = np.random.default_rng(seed)
-    true = random.integers(0, draw(st.integers(1, 6)), shape)
-    predicted = random.integers(0, draw(st.integers(1, 6)), shape)
-    agree = random.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
-    return true, np.where(agree, true, predicted)
-
-
-def index(true: np.ndarray, predicted: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    weights = None if weight is None else torch.from_numpy(weight)
-    result = adjusted_rand_index(torch.from_numpy(true), torch.from_numpy(predicted), weights)
-    assert result.dtype == torch.float64 and result.shape == true.shape[:1]
-    return result.numpy()
-
-
-@given(pair=labelings())
-@settings(max_examples=80, deadline=None)
-def test_the_index_equals_scikit_learns(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    true, predicted = pair
-    expected = [adjusted_rand_score(a, b) for a, b in zip(true, predicted, strict=True)]
-    np.testing.assert_allclose(index(true, predicted), expected, rtol=0, atol=1e-12)
-
-
-@given(pair=labelings(), seed=st.integers(0, 2**32), share=st.sampled_from([0.0, 0.1, 0.6, 1.0]))
-@settings(max_examples=80, deadline=None)
-def test_a_weighted_index_is_that_of_the_points_that_count(
-    pair: tuple[np.ndarray, np.ndarray], seed: int, share: float
-) -> None:
-    true, predicted = pair
-    weight = np.random.default_rng(seed).random(true.shape) < share
-    expected = [adjusted_rand_score(a[w], b[w]) for a, b, w in zip(true, predicted, weight, strict=True)]
-    np.testing.assert_allclose(index(true, predicted, weight), expected, rtol=0, atol=1e-12)
-
-
-@given(pair=labelings(), order=st.permutations(range(12)))
-@settings(max_examples=40, deadline=None)
-def test_names_of_clusters_and_order_of_points_do_not_matter(
-    pair: tuple[np.ndarray, np.ndarray], order: list[int]
-) -> None:
-    true, predicted = pair
-    names, points = np.array(order), np.argsort(np.random.default_rng(order).random(true.shape[1]))
-    value = index(true, predicted)
-    np.testing.assert_allclose(index(names[true], predicted), value, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(index(true[:, points], names[predicted][:, points]), value, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(index(predicted, true), value, rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(index(true, names[true]), 1.0)
-
-
-def test_large_images_keep_their_precision() -> None:
-    random = np.random.default_rng(0)
-    true = random.integers(0, 11, (2, 240 * 320))
-    predicted = np.where(random.random(true.shape) < 0.3, random.integers(0, 11, true.shape), true)
-    expected = [adjusted_rand_score(a, b) for a, b in zip(true, predicted, strict=True)]
-    np.testing.assert_allclose(index(true, predicted), expected, rtol=0, atol=1e-12)
-    single = np.zeros_like(true)
-    np.testing.assert_array_equal(index(single, single), 1.0)
-
-
-@given(
-    seed=st.integers(0, 2**32),
-    objects=st.integers(0, 5),
-    num_slots=st.integers(1, 7),
-    height=st.integers(1, 8),
-    width=st.integers(1, 8),
-)
-@settings(max_examples=60, deadline=None)
-def test_foreground_ari_is_scikit_learns_over_the_true_foreground(
-    seed: int, objects: int, num_slots: int, height: int, width: int
-) -> None:
-    random = np.random.default_rng(seed)
-    true = random.integers(0, objects + 1, (3, height, width), dtype=np.uint8)
-    scores = random.random((3, num_slots, height, width))
-    labels = scores.argmax(axis=1)
-    expected = [adjusted_rand_score(a[a > 0], b[a > 0]) for a, b in zip(true, labels, strict=True)]
-    masks, predicted = torch.from_numpy(true), torch.from_numpy(scores)
-    np.testing.assert_allclose(foreground_ari(masks, predicted), expected, rtol=0, atol=1e-12)
-
-    # Neither the scale of the prediction nor what it says of the background matters.
-    np.testing.assert_allclose(foreground_ari(masks, 7 * predicted - 3), expected, rtol=0, atol=1e-12)
-    elsewhere = torch.where(masks[:, None] == 0, torch.from_numpy(random.random(scores.shape)), predicted)
-    np.testing.assert_allclose(foreground_ari(masks, elsewhere), expected, rtol=0, atol=1e-12)
-
-
-def test_a_perfect_segmentation_scores_one_and_a_single_slot_zero() -> None:
-    true = torch.tensor([[[0, 1, 1], [0, 2, 2], [3, 3, 0]]])
-    perfect = torch.nn.functional.one_hot(true, 4).movedim(-1, 1).float()
-    assert foreground_ari(true, perfect[:, [2, 0, 3, 1]]).tolist() == [1.0]
-    assert foreground_ari(true, torch.ones(1, 1, 3, 3)).tolist() == [0.0]
-
-
-def test_no_images_give_no_values() -> None:
-    assert foreground_ari(torch.zeros(0, 4, 4, dtype=torch.long), torch.zeros(0, 3, 4, 4)).shape == (0,)
-
-
-def test_different_sizes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"^true_masks: size \(4, 4\) differs from predicted_masks' \(5, 4\)"):
-        foreground_ari(torch.zeros(1, 4, 4, dtype=torch.long), torch.zeros(1, 3, 5, 4))
 
 
 @given(**SCENES)
@@ -363,70 +247,3 @@ def test_matching_without_scipy_names_the_cure(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ImportError, match=r'pip install "slotforge\[models\]"'):
         mean_iou(TRUE, MASKS)
     assert mean_best_overlap(TRUE, MASKS).tolist() == [1.0, 1.0]  # the others do without
-
-
-NUMBERS = st.one_of(st.floats(-1e6, 1e6), st.just(float("nan")))
-
-
-@given(
-    rows=st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans()), max_size=30),
-    cuts=st.lists(st.integers(0, 30), max_size=4),
-)
-@settings(max_examples=100, deadline=None)
-def test_means_over_any_split_into_batches_and_ranks_are_those_of_all_images(
-    rows: list[tuple[float, float, bool]], cuts: list[int]
-) -> None:
-    values = torch.tensor([row[:2] for row in rows], dtype=torch.float64).reshape(-1, 2)
-    counted = torch.tensor([row[2] for row in rows], dtype=torch.bool)
-    expected = {}
-    for name, column in zip(("a", "b"), values.unbind(1), strict=True):
-        known = [value for value, counts in zip(column.tolist(), counted, strict=True) if counts and value == value]
-        if known:
-            expected[name] = pytest.approx(sum(known) / len(known), rel=1e-9, abs=1e-6)
-
-    edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
-    ranks = [MetricSums.zeros(("a", "b"))]
-    for start, end in pairwise(edges):
-        part = {"a": values[start:end, 0], "b": values[start:end, 1]}
-        ranks.append(MetricSums.zeros(("a", "b")) + MetricSums.from_batch(part, counted[start:end]))
-    flat = torch.stack([sums.tensor() for sums in ranks]).sum(dim=0)  # what one reduction over ranks does
-    assert flat.dtype == torch.float64 and flat.shape == (4,)
-    assert MetricSums.from_tensor(("a", "b"), flat).means() == expected
-
-
-def test_sums_of_half_precision_values_are_taken_in_double_precision() -> None:
-    ones = torch.ones(3001, dtype=torch.bfloat16)
-    assert MetricSums.from_batch({"a": ones}).means() == {"a": 1.0}
-    assert MetricSums.from_batch({"a": ones}).count.tolist() == [3001.0]
-
-
-def test_no_metrics_and_no_counted_images_have_no_means() -> None:
-    assert MetricSums.from_batch({}).means() == {}
-    nobody = MetricSums.from_batch({"a": torch.ones(2)}, torch.zeros(2, dtype=torch.bool))
-    assert nobody.means() == {} and nobody.count.tolist() == [0.0]
-
-
-def test_the_sums_of_segmentations_leave_padding_and_images_without_objects_out() -> None:
-    true, masks = scene(5, 3, 4, 6, 6, 0.8, batch=6)
-    true[2] = 0
-    counted = torch.tensor([True, True, True, False, True, False])
-    metrics = segmentation_metrics(true, masks)
-    means = MetricSums.from_batch(metrics, counted).means()
-    for name in ("fg_ari", "mbo", "miou", "corloc"):
-        assert means[name] == pytest.approx(float(metrics[name][[0, 1, 4]].mean()), abs=1e-12), name
-    assert means["ari"] == pytest.approx(float(metrics["ari"][[0, 1, 2, 4]].mean()), abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: MetricSums.zeros(("a",)) + MetricSums.zeros(("b",)), r"^names: \('a',\) differ from \('b',\)"),
-        (lambda: MetricSums.from_tensor(("a",), torch.zeros(3)), r"^tensor: shape \(3,\) is not \[2\]"),
-        (lambda: MetricSums.from_batch({"a": torch.zeros(2, 2)}), r"^a: shape \(2, 2\) is not \[B\]"),
-        (lambda: MetricSums.from_batch({"a": torch.zeros(2)}, torch.ones(3).bool()), r"^a: shape \(2,\) is not \[3\]"),
-        (lambda: MetricSums.from_batch({"a": torch.zeros(2)}, torch.ones(2, 1).bool()), r"^counted: shape \(2, 1\)"),
-    ],
-)
-def test_sums_that_do_not_fit_are_named(make: Callable[[], MetricSums], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
