@@ -80,7 +80,7 @@ def test_keys_of_shards_from_afar_are_read_where_they_lie(
 
 
 SQUEEZED = """
-import json, resource, torch
+import json, resource, sys, torch
 from torch import nn
 
 torch.set_num_threads(1)
@@ -90,15 +90,14 @@ def step(images):
     layers(torch.zeros(images, 3, 15, 15)).square().mean().backward()
 
 step(64)
-taken, said = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize(), []
-for number in range(3):  # torch crashes in its own time if it is starved for long
-    resource.setrlimit(resource.RLIMIT_AS, (taken + 2_000_000 + 1_000_000 * number, resource.RLIM_INFINITY))
-    try:
-        step(65 + number)
-    except (RuntimeError, MemoryError) as error:
-        said.append((type(error).__name__, str(error)))
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[1]), resource.RLIM_INFINITY))
+try:
+    step(65)
+except (RuntimeError, MemoryError) as error:
+    said = type(error).__name__, str(error)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(json.dumps(said))
+    print(json.dumps(said))
 """
 
 
@@ -107,9 +106,14 @@ def test_memory_that_runs_out_is_told_from_other_errors(monkeypatch: pytest.Monk
     from orchestration.rank import _is_out_of_memory
 
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # each tensor's memory is asked for anew
-    done = subprocess.run([sys.executable, "-c", SQUEEZED], env=environment, capture_output=True, text=True, check=True)
+    squeezed = [sys.executable, "-c", SQUEEZED]
+    processes = [
+        subprocess.Popen([*squeezed, str(room)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for room in (2_000_000, 3_000_000, 4_000_000)
+    ]
+    told = [process.communicate()[0] for process in processes]  # nothing where torch itself crashed
     kinds = {"RuntimeError": RuntimeError, "MemoryError": MemoryError}
-    said = [kinds[kind](text) for kind, text in json.loads(done.stdout)]
+    said = [kinds[kind](text) for kind, text in (json.loads(words) for words in told if words)]
     assert said, "there was room for everything"
     for error in said:
         assert _is_out_of_memory(error), error

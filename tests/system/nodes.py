@@ -54,6 +54,7 @@ class Nodes:
         (self.home / "token").write_text(secrets.token_hex(32))
         (self.home / "token").chmod(0o600)
         head = ["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"]
+        head.append(f"--ray-client-server-port={free_port()}")
         self._start("head", [*head, f"--temp-dir={self.home / 'ray'}"])
         return self
 

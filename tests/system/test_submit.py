@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ledgers
 import pytest
 from runs import PATIENCE, Run, wait
 from servers import free_port
@@ -97,3 +98,35 @@ def test_a_job_that_is_stopped_saves_and_the_next_goes_on_with_it(twin: tuple[Ru
     }
     assert {value for _, value in mine["train/world_size"]} == {1.0}
     assert {value for _, value in theirs["train/world_size"]} == {2.0}
+
+
+@pytest.mark.slow
+def test_a_plain_job_with_the_documented_grace_saves_when_it_is_stopped(home: Path, tmp_path: Path, head: Head) -> None:
+    """Without checkpoints of its own accord: what is saved is the stop's."""
+    ledger = tmp_path / "ledger"
+    changes = ("train.steps=300", "train.checkpoint_every=300", "evaluate.every=300", f"data.ledger={ledger}")
+    run = Run(home, "plain", (*changes, "parallel.workers={min: 1, max: 1}"))
+    _, _, module, _, recipe, *overrides = run.command()
+
+    def job(verb: str, *arguments: str) -> str:
+        command = [str(BIN / "ray"), "job", verb, "--address", head.address, *arguments]
+        done = subprocess.run(
+            command, env=head.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    grace = re.search(r"--runtime-env-json '([^']+)'", (ROOT / "README.md").read_text())
+    assert grace
+    submission = ["--working-dir", str(ROOT), "--runtime-env-json", grace[1]]
+    command = ["--", "python", "-m", module, "--recipe", recipe, *overrides]
+    job("submit", "--no-wait", "--submission-id", "plain-1", *submission, *command)
+    wait(lambda: ledgers.newest_step(ledger) >= 30)
+    job("stop", "plain-1")
+    saved = run.newest_step()
+    assert 30 <= saved < 300
+    assert f"the newest checkpoint is of step {saved}" in job("logs", "plain-1")
+
+    assert f"training from step {saved} on" in job("submit", *submission, *command)
+    for name in ("loss/total", "slots/kept_mean", "time/step"):
+        assert [step for step, _ in run.points(name)] == list(range(10, 301, 10)), name
