@@ -33,6 +33,7 @@ def run(recipe: Recipe, *, fresh: bool = False, console: Console | None = None, 
     Raises:
         RecipeError: the recipe cannot run.
         LeaseHeldError: another driver writes this run.
+        NoRayError: Ray does not start, or the cluster does not answer.
         TrainingError: training has stopped for good.
         DataError: shards are missing or damaged.
     """
@@ -141,10 +142,11 @@ def _failures() -> tuple[type[Exception], ...]:
     """What ends a run with a sentence; looked up when something is raised, since it takes seconds to import."""
     from mlflow.exceptions import MlflowException
 
+    from orchestration.clusters.connection import NoRayError
     from orchestration.runs.checkpoints import DamagedCheckpointError
     from pipelines import DataError
 
-    return TrainingError, LeaseLostError, DataError, DamagedCheckpointError, MlflowException
+    return TrainingError, LeaseLostError, NoRayError, DataError, DamagedCheckpointError, MlflowException
 
 
 def _fail(message: str, code: int) -> int:

@@ -13,6 +13,10 @@ from pathlib import Path
 from orchestration.recipe import state_home
 
 
+class NoRayError(Exception):
+    """Ray does not start here, or does not answer there; the message says which, why, and what may help."""
+
+
 @contextmanager
 def ray_cluster(workers: int) -> Iterator[None]:
     """Connects to the cluster of $RAY_ADDRESS (set in every submitted job), or starts Ray on this machine, with room
@@ -20,10 +24,16 @@ def ray_cluster(workers: int) -> Iterator[None]:
 
     A Ray that is started here listens on loopback alone, and demands a token, kept in a file that only its owner can
     read.
+
+    Raises:
+        NoRayError: it does not start, or the cluster does not answer.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
-    if not os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")  # tries to reach a head, of 40 seconds; Ray's are 20
+    else:
         ours = os.environ.get("RAY_AUTH_MODE") == "token"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file(state_home() / "ray-token"))
@@ -34,18 +44,23 @@ def ray_cluster(workers: int) -> Iterator[None]:
     from ray._private.utils import get_num_cpus  # knows containers' quotas, not taskset
 
     end = signal.getsignal(signal.SIGTERM)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            num_cpus=max(min(int(get_num_cpus()), len(os.sched_getaffinity(0))), workers),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=256 * 2**20,  # shards are read from files; Ray carries next to nothing
-        )
+    try:
+        if address:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                num_cpus=max(min(int(get_num_cpus()), len(os.sched_getaffinity(0))), workers),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=256 * 2**20,  # shards are read from files; Ray carries next to nothing
+            )
+    except Exception as error:  # what Ray raises has no type of its own
+        if address:
+            raise NoRayError(f"RAY_ADDRESS: no Ray answers at {address} ({error}); start it, or unset it") from error
+        raise NoRayError(f"Ray did not start ({error}); try again when the machine has less to do") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, end)  # Ray's own exits at once: a job that is stopped would save nothing
     try:

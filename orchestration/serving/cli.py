@@ -53,6 +53,7 @@ def predict(
     """
     from mlflow.exceptions import MlflowException
 
+    from orchestration.clusters.connection import NoRayError
     from orchestration.serving.images import ImageError
     from orchestration.serving.parts import PartsError
     from pipelines import DataError
@@ -65,7 +66,7 @@ def predict(
             failed = _set(images[0], _named(model, tracking_uri, weights_only), out, workers)
         else:
             fail("give image files, or one folder or set of shards at a time", 2)
-    except (ImageError, PartsError, DataError, ValueError, MlflowException) as error:
+    except (ImageError, PartsError, DataError, NoRayError, ValueError, MlflowException) as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
         fail("interrupted; what is whole stays, say the same again", INTERRUPTED)
@@ -100,6 +101,7 @@ def serve(
         fail(f"{error.name} is not there; pip install 'slotforge[serve]'", 2)
     from mlflow.exceptions import MlflowException
 
+    from orchestration.clusters.connection import NoRayError
     from orchestration.serving.app import Terms
     from orchestration.serving.images import Limits
 
@@ -113,7 +115,7 @@ def serve(
         run(Settings(_named(model, tracking_uri, weights_only), host, port, replicas, batch, terms), started)
     except ServeError as error:
         fail(str(error), 2)
-    except (ValueError, MlflowException) as error:
+    except (NoRayError, ValueError, MlflowException) as error:
         fail(str(error), 1)
     say("stopped")
 

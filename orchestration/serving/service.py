@@ -52,6 +52,7 @@ def run(settings: Settings, started: Callable[[str, str], None]) -> None:
         ServeError: it cannot listen there, or not without a token.
         ValueError: the model is not one of the registry.
         MlflowException: there is no such model.
+        NoRayError: Ray does not start.
     """
     if settings.terms.token is None and not is_loopback(settings.host):
         raise ServeError(

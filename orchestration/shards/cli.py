@@ -188,7 +188,7 @@ def preview(
 
 def _make_for(recipe: str, overrides: list[str]) -> None:
     """Render the scenes of a recipe."""
-    from orchestration.clusters.connection import ray_cluster
+    from orchestration.clusters.connection import NoRayError, ray_cluster
     from orchestration.prepare import check_data, data_folders, prepare
     from orchestration.recipe import load_recipe
 
@@ -200,6 +200,8 @@ def _make_for(recipe: str, overrides: list[str]) -> None:
             check_data(loaded)
     except RecipeError as error:
         fail(str(error), 2)
+    except NoRayError as error:
+        fail(str(error), 1)
     data = data_folders(loaded)
     say(f"training shards: {data.train}\nheld-out shards: {data.eval}")
 
@@ -213,14 +215,14 @@ def _spread(local: bool) -> Iterator[tuple["Spread", int]]:
         yield in_process, 1
         return
     from orchestration.clusters.capacity import cluster_capacity
-    from orchestration.clusters.connection import ray_cluster
+    from orchestration.clusters.connection import NoRayError, ray_cluster
 
     with ExitStack() as stack:
         with console.status("starting Ray"):
             try:
                 stack.enter_context(ray_cluster(workers=2))  # at least
-            except Exception as error:  # what Ray raises where it cannot start has no type of its own
-                fail(f"Ray did not start ({error}); try again when the machine has less to do, or add --local", 1)
+            except NoRayError as error:
+                fail(f"{error}; --local does without", 1)
         yield over_ray, max(1, min(_MOST_READERS, int(cluster_capacity().cpus)))
 
 
