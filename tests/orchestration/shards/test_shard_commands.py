@@ -124,10 +124,12 @@ def test_the_help_names_every_set_and_format() -> None:
 
 
 def test_a_ray_that_does_not_start_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(workers: int) -> None:
+    def late(**_: object) -> None:
         raise Exception("The current node timed out during startup")
 
-    monkeypatch.setattr("orchestration.clusters.connection.ray_cluster", late)
+    ours = {"SLOTFORGE_HOME": str(tmp_path), "RAY_ADDRESS": "", "RAY_AUTH_MODE": "token"}
+    monkeypatch.setattr(os, "environ", {**os.environ, **ours})  # what is set for Ray ends with the test
+    monkeypatch.setattr("ray.init", late)
     result = run("make", "tetrominoes", tmp_path)
     assert result.exit_code == 1 and "timed out during startup" in result.output and "--local" in result.output
 
