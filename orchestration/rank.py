@@ -19,14 +19,15 @@ from orchestration.agreement import Agreement, Pause, departure, open_board
 from orchestration.assembly import Data, build_model, training_order, training_stream
 from orchestration.curves import Curves
 from orchestration.diagnosis import diagnose
+from orchestration.driver_line import DriverLine, log_to
 from orchestration.engine import DeepSpeedEngine
 from orchestration.interval import SaveInterval, mtbf_of_run
-from orchestration.mailbox import Failure, Leaving, Request, Stopped
+from orchestration.mailbox import Failure, Leaving, Stopped
 from orchestration.node_metrics import NodeMetrics, gpu_sample, node_sample
 from orchestration.periodic_evaluation import PeriodicEvaluation
 from orchestration.profiling.profiler import Profiler
 from orchestration.recipe import Recipe, parse_recipe
-from orchestration.recovery import recovery_line, recovery_parts
+from orchestration.recovery import recovery_line
 from orchestration.runs.checkpoints import DamagedCheckpointError, newest_valid, restore
 from orchestration.runs.folder import RunFolder
 from orchestration.runs.lease import LeaseLostError, check_lease
@@ -38,8 +39,6 @@ from pipelines import DataError, Sources, micro_batches
 from pipelines.sets import place_of
 
 logger = logging.getLogger(__name__)
-
-LOOK_SECONDS = 0.5  # between words with the driver
 
 
 class StateFolderError(Exception):
@@ -88,7 +87,7 @@ def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     mailbox = config["mailbox"]
-    _log_to(mailbox, rank)
+    log_to(mailbox, rank)
     recipe = _with_micro_batch(parse_recipe(json.loads(config["recipe"])), ray.get(mailbox.micro_batch.remote()))
     folder = RunFolder(config["folder"])
     data = Data(place_of(config["train"]), place_of(config["eval"]))
@@ -236,54 +235,6 @@ def _node_metrics(
     return NodeMetrics(look, lambda samples: mailbox.measured.remote(node, attempt, samples))
 
 
-class DriverLine:
-    """Rank 0's line to the driver: shows values, hears what is asked, twice a second at most, and never waits."""
-
-    def __init__(self, mailbox: Any, world: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._mailbox, self._world, self._now = mailbox, world, now
-        self._last = 0.0
-        self._answer: Any = None
-        self._request: Request | None = None
-
-    def show(self, report: StepReport) -> None:
-        """A hook of the training loop. Rank 0's mean stands for the batch's: the terminal is not worth a collective."""
-        if self._answer is not None or self._now() - self._last < LOOK_SECONDS:
-            return
-        self._last = self._now()
-        values = {
-            "when": time.time(),
-            "step": report.done,
-            "loss": float(report.means[0]) * self._world,
-            "kept": float(report.means[3]) * self._world,
-            "images_per_second": report.batch_size / report.seconds,
-        }
-        self._answer = self._mailbox.show.remote(values)
-
-    def warn(self, text: str) -> None:
-        """Something that whoever watches the run should know."""
-        self._mailbox.happened.remote(time.time(), "warning", text)
-
-    def picture(self, step: int, glimpse: bytes) -> None:
-        """What a picture of a step is drawn from; see orchestration.glimpse."""
-        self._mailbox.glimpse.remote(step, glimpse)
-
-    def request(self) -> Request | None:
-        """What the driver or the controller wants, as far as it has been heard."""
-        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self._request, self._answer = ray.get(self._answer), None
-        return self._request
-
-    def stay(self) -> None:
-        """The ranks could not save for a resize. What has been heard until now may still be its wish: ask anew."""
-        logger.warning("no resize for now: it could not be saved; training goes on")
-        ray.get(self._mailbox.stay.remote())
-        self._request = self._answer = None
-
-    def recovery(self) -> dict[str, float]:
-        """Seconds of the parts of the restart that has just ended; see orchestration.recovery."""
-        return recovery_parts({**ray.get(self._mailbox.marks.remote()), "first step": time.time()})
-
-
 def _ledger(recipe: Recipe, name: str) -> Path | None:
     """A file of its own for each rank of each attempt."""
     if recipe.data.ledger is None:
@@ -326,23 +277,3 @@ def _smaller(mailbox: Any, error: BaseException) -> Exception:
     if limit is None:
         return TooLargeError(f"out of memory with a single image at a time ({error}); use a smaller model or image")
     return Leaving(f"out of memory: micro batches of {limit} from now on, the batch stays as it is")
-
-
-class _ToMailbox(logging.Handler):
-    def __init__(self, mailbox: Any, rank: int) -> None:
-        super().__init__()
-        self._mailbox, self._rank = mailbox, rank
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._mailbox.say.remote(self._rank, self.format(record))
-
-
-def _log_to(mailbox: Any, rank: int) -> None:
-    """The driver shows what is said here; Ray's own log streaming would break its progress bars."""
-    handler = _ToMailbox(mailbox, rank)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    for name in ("orchestration", "pipelines"):
-        package = logging.getLogger(name)
-        package.handlers = [handler]
-        package.setLevel(logging.INFO)
-        package.propagate = False
