@@ -89,7 +89,9 @@ class Agreement:
             return
         self._next = (done, pause)
         if self._board is not None:
-            self._board.set(f"pause/{self._said}", f"{done} {pause}")
+            key = f"pause/{self._said}"
+            self._board.set(key, f"{done} {pause}")
+            self._board.get(key)  # setting waits for no answer: only this says that the others can see it
         self._said += 1
 
     def _hear(self) -> None:
