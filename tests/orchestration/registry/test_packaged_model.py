@@ -97,7 +97,7 @@ def test_a_model_of_features_declares_no_picture() -> None:
 def test_nothing_is_pickled_and_requirements_are_pinned(registered: Registered) -> None:
     home = registered.home
     packed = [path for path in (home / "mlflow-artifacts").rglob("*") if path.is_file()]
-    packed = [path for path in packed if path.parent.name != "__pycache__"]  # Python's, of the code that was loaded back
+    packed = [path for path in packed if path.parent.name != "__pycache__"]  # left by loading back
     assert {"weights.safetensors", "packaged_model.py", "object_finder.py"} <= {path.name for path in packed}
     assert {path.suffix for path in packed} <= {".safetensors", ".json", ".yaml", ".yml", ".py", ".txt", "", ".png"}
     (pins,) = [path.read_text().split() for path in packed if path.name == "requirements.txt"]
