@@ -41,7 +41,7 @@ from orchestration.worker import StepReport, train
 from pipelines.stream import MicroBatch
 from slot_models import build_autoencoder
 
-RECIPES = ("tetrominoes", "clevr6")
+RECIPES = ("tetrominoes", "multi-dsprites")
 LARGE = "100 million parameters, no training beside it"
 BETWEEN = 4  # steps from one save to the next: the first beside the write, the last undisturbed
 

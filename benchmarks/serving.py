@@ -104,6 +104,7 @@ def registered(name: str) -> Iterator[tuple[Path, ModelName]]:
     """A recipe's model in a registry of its own."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SLOTFORGE_HOME"] = folder
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow leaves that of the recipe before there
         recipe = load_recipe(name).without_weights()
         run = RunFolder.of(recipe)
         run.claim(recipe)

@@ -205,7 +205,9 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
     if not uri.startswith("sqlite:///"):
         yield
         return
-    with Path(f"{uri.removeprefix('sqlite:///')}.lock").open("w") as lock:
+    path = Path(f"{uri.removeprefix('sqlite:///')}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed
         yield
 
