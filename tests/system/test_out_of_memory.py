@@ -72,6 +72,7 @@ def test_a_rank_without_memory_halves_the_micro_batch_and_keeps_the_curve(home: 
     assert "Traceback" not in output, output
     said = re.findall(r"out of memory: micro batches of (\d+) from now on", output)
     assert said == [str(HALF)], output
+    assert output.count("workers start anew: ") == 1, output
 
     ours, theirs = run.curves(), undisturbed(run)
     for name in ("loss/total", "loss/reconstruction", "loss/keep", "slots/kept_mean", "eval/fg_ari"):
