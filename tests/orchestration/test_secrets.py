@@ -64,6 +64,11 @@ def test_a_store_whose_address_holds_a_secret_is_refused_without_repeating_it(ur
     assert store_uri("postgresql://db/mlflow?sslmode=require") == "postgresql://db/mlflow?sslmode=require"
 
 
+def piped(recipe: Recipe, command: str) -> Recipe:
+    data = {"train": f"pipe:{command}", "eval": "/held-out", "allow_pipe": True}
+    return parse_recipe(recipe.model_dump(mode="json") | {"data": data})
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -82,10 +87,8 @@ def test_a_store_whose_address_holds_a_secret_is_refused_without_repeating_it(ur
     ],
 )
 def test_a_command_that_spells_out_a_secret_is_refused_and_never_shown(command: str, recipe: Recipe) -> None:
-    fields = recipe.model_dump(mode="json")
-    fields["data"] = {"train": f"pipe:{command}", "eval": "/held-out", "allow_pipe": True}
     with pytest.raises(RecipeError, match=r"^data\.train.*\$NAME") as refusal:
-        parse_recipe(fields)
+        piped(recipe, command)
     assert "0dd5ecret" not in str(refusal.value) + shown(f"pipe:{command}")
 
 
@@ -104,9 +107,7 @@ def test_a_command_that_spells_out_a_secret_is_refused_and_never_shown(command: 
     ],
 )
 def test_a_command_that_names_where_its_secret_is_may_be_logged(command: str, recipe: Recipe) -> None:
-    fields = recipe.model_dump(mode="json")
-    fields["data"] = {"train": f"pipe:{command}", "eval": "/held-out", "allow_pipe": True}
-    assert parse_recipe(fields).data.train[0].url == f"pipe:{command}"  # type: ignore[index]
+    assert piped(recipe, command).data.train[0].url == f"pipe:{command}"  # type: ignore[index]
 
 
 def test_of_a_command_its_program_is_shown() -> None:

@@ -4,16 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_cases import assert_equal, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slot_oracles import distance, gradient_distance, gradients, randomise
+from slot_oracles import randomise
 from torch import Tensor
 
 from slot_models.patch_decoders import MLPPatchDecoder
-
-
-def normal(*shape: int, seed: int = 2) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def plain(weights: dict[str, Tensor], slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -54,17 +51,7 @@ def test_the_factorised_decoder_equals_the_plain_one(
     slots = normal(2, num_slots, slot_dim).requires_grad_()
     weights = dict(decoder.named_parameters())
     ours, expected = decoder.decode(slots), plain(weights, slots, width)
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert distance(mine, theirs) <= 1e-12
-
-    directions = [normal(*part.shape, seed=4) for part in ours]
-    leaves = weights | {"slots": slots}
-    mine, theirs = (
-        gradients(sum((part * way).sum() for part, way in zip(parts, directions, strict=True)), leaves)
-        for parts in (ours, expected)
-    )
-    assert mine.keys() == leaves.keys()
-    assert gradient_distance(mine, theirs) <= 1e-12
+    assert_equal(ours, expected, weights | {"slots": slots})
 
 
 def test_the_published_decoder_of_dino_features() -> None:
