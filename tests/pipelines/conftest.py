@@ -5,15 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from pipelines.index import Index
 from pipelines.samples import encode
 from pipelines.shards import write_index, write_shard
-
-# A machine with other work is no fault of an example.
-settings.register_profile("pipelines", deadline=None)
-settings.load_profile("pipelines")
 
 MakeSet = Callable[..., Index]
 

@@ -54,7 +54,7 @@ def slack(decoder: Decoder, slots: Tensor, keep: Tensor) -> Tensor:
 
 
 @each_decoder
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(**sizes)
 def test_only_the_kept_slots_have_a_part(
     kind: str, batch: int, num_slots: int, slot_dim: int, height: int, width: int, seed: int
@@ -107,7 +107,7 @@ def test_without_epsilon_a_dropped_slot_has_exactly_no_effect(kind: str, spread:
 
 
 @each_decoder
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(**sizes)
 def test_the_order_of_slots_is_the_order_of_masks_and_changes_nothing_else(
     kind: str, batch: int, num_slots: int, slot_dim: int, height: int, width: int, seed: int

@@ -32,7 +32,7 @@ def plain(weights: dict[str, Tensor], slots: Tensor, width: int) -> tuple[Tensor
     return whole[:, :, :-1], whole[:, :, -1]
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     height=st.integers(1, 4),
     width=st.integers(1, 4),

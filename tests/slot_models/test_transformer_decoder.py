@@ -86,7 +86,7 @@ def test_the_decoder_is_torchs_on_the_kept_slots_alone(
             assert (decoded.masks[image, ~inside] == 0).all()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(height=st.integers(1, 4), width=st.integers(1, 4), data=st.data())
 def test_a_patch_is_predicted_from_those_before_it_alone(height: int, width: int, data: st.DataObject) -> None:
     decoder, place = build(0, (height, width)), data.draw(st.integers(0, height * width - 1))
@@ -101,7 +101,7 @@ def test_a_patch_is_predicted_from_those_before_it_alone(height: int, width: int
         assert distance(second[:, :, later], first[:, :, later]) > 1e-6
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(
     logits=st.lists(st.floats(-500, 500), min_size=1, max_size=6),
     data=st.data(),
