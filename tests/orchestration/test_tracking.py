@@ -211,6 +211,12 @@ def test_a_relative_store_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyP
         tracking_uri(recipe)
 
 
+def test_a_store_in_a_folder_that_is_not_there_is_made(recipe: Recipe, folder: RunFolder, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'new' / 'folder' / 'mlflow.db'}"
+    asked = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"uri": uri})})
+    assert Tracker(asked, folder).uri == uri and (tmp_path / "new" / "folder" / "mlflow.db").is_file()
+
+
 def test_the_store_is_the_recipes_or_the_environments_or_the_state_folders(
     recipe: Recipe, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
