@@ -1,4 +1,4 @@
-"""For all tests: the same examples in every run, stores of their own, and Triton's interpreter without a GPU."""
+"""For all tests: the same examples in every run, homes and stores of their own, and Triton's interpreter on a CPU."""
 
 import os
 from collections.abc import Iterator
@@ -12,6 +12,9 @@ from hypothesis import settings
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("other", deadline=None)
 settings.load_profile("same")
+
+# The Makefile exports one for the demo; a test says its own, or shows what happens without.
+os.environ.pop("SLOTFORGE_HOME", None)
 
 # It has to be chosen before Triton is imported.
 if not torch.cuda.is_available():
