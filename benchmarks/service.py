@@ -7,11 +7,14 @@
     service   slotforge train with one worker, with all of them
     one, two  slotforge train with one worker on one core, and two workers with a core each
 
-All run in turns, in fresh processes. A rate is that of the steps' own times, as the curves keep them, from the first
-steps that are not counted to the last, so it holds all that is between steps: logging, checkpoints, the driver.
+The two of a pair run at the same time, by turns of two seconds in which the other one is stopped with all of its
+processes: this machine's speed changes more in a minute than the difference is. A rate is that of the steps' own times,
+as the curves keep them, less the time in which the run was stopped; from when both have done the steps that are not
+counted until one ends. So it holds all that is between steps: logging, checkpoints, the driver.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -22,22 +25,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.page import machine, versions, write
+from benchmarks.turns import Turn, alternate
 
 SKIPPED = 10  # steps
 SECTION = "service"
+SCENES = ("data.scenes.train=1000", "data.scenes.eval=64")
 PACKAGES = ("torch", "ray", "deepspeed", "mlflow")
 
 BARE = """
-import json, sys, time
+import sys, time
 import torch
 torch.set_num_threads(int(sys.argv[1]))
 from orchestration.bare import train_bare
 from orchestration.prepare import data_folders
 from orchestration.recipe import load_recipe
 recipe = load_recipe(sys.argv[2], sys.argv[3:])
-times = []
-train_bare(recipe, data_folders(recipe), hooks=(lambda report: times.append(time.time()),))
-print(json.dumps(times))
+train_bare(recipe, data_folders(recipe), hooks=(lambda report: print(time.time(), flush=True),))
 """
 CURVE = """
 import json, sys
@@ -60,69 +63,77 @@ class Kind:
 
 
 KINDS = {"bare": Kind(2, None), "service": Kind(2, 1), "one": Kind(1, 1), "two": Kind(2, 2)}
+PAIRS = (("bare", "service", 1), ("one", "two", 2))
+"""What is compared, and how many times as fast the second should be."""
 
 
-class Runs:
-    """Runs of one recipe in a state folder of their own."""
+class Run:
+    """A run of a recipe in a state folder of its own."""
 
-    def __init__(self, home: Path, recipe: str, steps: int) -> None:
-        self._recipe, self._number = recipe, 0
-        self._changes = [
-            *(f"train.steps={steps}", "train.warmup_steps=10", "train.decay_steps=0", "train.gate_from=0"),
-            *("train.random_from=null", "tracking.every=1", f"train.checkpoint_every={max(1, steps // 2)}"),
-            *(f"evaluate.every={10 * steps}", "registry.floors={}", "data.scenes.train=4000", "data.scenes.eval=64"),
-        ]
-        self._environment = {**os.environ, "SLOTFORGE_HOME": str(home), "RAY_TMPDIR": str(home / "r")}
-        self._environment.pop("MLFLOW_TRACKING_URI", None)
-        self._uri = f"sqlite:///{home / 'mlflow.db'}"
-        (home / "r").mkdir()
-
-    def rate(self, kind: Kind) -> float:
-        """Steps a second of a fresh run."""
-        self._number += 1
+    def __init__(self, home: Path, kind: Kind, recipe: str, steps: int, name: str) -> None:
         workers = kind.workers or 1
-        changes = [
-            f"name=bench-{self._number}",
-            *(*self._changes, f"parallel.workers={{min: {workers}, max: {workers}}}", "parallel.device=cpu"),
+        self._arguments = [
+            recipe,
+            *(f"name={name}", f"parallel.workers={{min: {workers}, max: {workers}}}", "parallel.device=cpu"),
+            *("train.warmup_steps=10", "train.decay_steps=0", "train.gate_from=0", "train.random_from=null"),
+            # Both of a pair shall train for about as long; the bare loop starts sooner, and is ended with the other.
+            *(f"train.steps={steps * (kind.workers or 100)}", f"train.checkpoint_every={steps // 2}"),
+            *("tracking.every=1", f"evaluate.every={10 * steps}", "registry.floors={}", *SCENES),
         ]
-        cores = ["taskset", "-c", ",".join(str(core) for core in range(kind.cores))]
-        if kind.workers is None:
-            times = self._json([*cores, sys.executable, "-c", BARE, str(kind.cores), self._recipe, *changes])
-        else:
-            sets = [part for change in changes for part in ("--set", change)]
-            driver = [*cores, sys.executable, "-m", "orchestration.train", "--recipe", self._recipe, *sets]
-            self._output(driver)
-            times = self._json([sys.executable, "-c", CURVE, self._uri, self._recipe, *changes])
-        counted = times[SKIPPED:]
-        return (len(counted) - 1) / (counted[-1] - counted[0])
+        self._home, self._kind = home, kind
+        (home / "r").mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "SLOTFORGE_HOME": str(home), "RAY_TMPDIR": str(home / "r")}
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        sets = [part for change in SCENES for part in ("--set", change)]
+        render = [sys.executable, "-m", "orchestration.cli", "shards", "make", "--local", "--recipe", recipe, *sets]
+        subprocess.run(render, env=environment, check=True, capture_output=True)  # noqa: S603 nothing to do but once
+        self.turn = Turn(self._command(), home / f"{name}.log", environment, ends=kind.workers is not None)
 
-    def _json(self, command: list[str]) -> list[float]:
-        import json
+    def _command(self) -> list[str]:
+        cores = ["taskset", "-c", ",".join(str(core) for core in range(self._kind.cores)), sys.executable]
+        if self._kind.workers is None:
+            return [*cores, "-c", BARE, str(self._kind.cores), *self._arguments]
+        sets = [part for change in self._arguments[1:] for part in ("--set", change)]
+        return [*cores, "-m", "orchestration.train", "--recipe", self._arguments[0], *sets]
 
-        found: list[float] = json.loads(self._output(command).splitlines()[-1])
+    def times(self) -> list[float]:
+        """When each step ended."""
+        if self._kind.workers is None:
+            return [float(line) for line in self.turn.output.read_text().splitlines()]
+        command = [sys.executable, "-c", CURVE, f"sqlite:///{self._home / 'mlflow.db'}", *self._arguments]
+        done = subprocess.run(  # noqa: S603
+            command, env=self.turn.environment, capture_output=True, text=True, check=True
+        )
+        found: list[float] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    def _output(self, command: list[str]) -> str:
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command[:8])} ...\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return done.stdout
+    def rate(self, begin: float, end: float) -> float:
+        """Steps a second between the first and the last one of a time."""
+        counted = [moment for moment in self.times() if begin <= moment <= end]
+        return (len(counted) - 1) / self.turn.seconds(counted[0], counted[-1])
+
+
+def rates(folder: Path, pair: tuple[str, str], recipe: str, steps: int, repeat: int) -> tuple[float, float]:
+    """Steps a second of two kinds that run by turns."""
+    kinds = pair if repeat % 2 == 0 else pair[::-1]
+    runs = {name: Run(folder / name, KINDS[name], recipe, steps, f"{name}-{repeat}") for name in kinds}
+    alternate([run.turn for run in runs.values()])
+    times = [run.times() for run in runs.values()]
+    begin, end = max(moments[SKIPPED] for moments in times), min(moments[-1] for moments in times)
+    first, second = (runs[name].rate(begin, end) for name in pair)
+    return first, second
 
 
 def measured(recipe: str, steps: int, repeats: int, batch: int) -> Iterator[str]:
     """Rows of the table in Markdown."""
-    with tempfile.TemporaryDirectory(prefix="sf") as home:
-        runs = Runs(Path(home), recipe, steps)
-        runs.rate(KINDS["one"])  # renders the scenes, and fills the machine's caches
-        rates: dict[str, list[float]] = {name: [] for name in KINDS}
-        for repeat in range(repeats):
-            for name in list(KINDS) if repeat % 2 == 0 else reversed(KINDS):
-                rates[name].append(batch * runs.rate(KINDS[name]))
-                print(f"{recipe} {name}: {rates[name][-1]:.1f} images/s", flush=True)
-    for name, base, times in (("service", "bare", 1), ("two", "one", 2)):
-        shares = [a / (times * b) for a, b in zip(rates[name], rates[base], strict=True)]
+    for base, name, times in PAIRS:
+        with tempfile.TemporaryDirectory(prefix="sf") as folder:
+            found = [rates(Path(folder), (base, name), recipe, steps, repeat) for repeat in range(repeats)]
+        shares = [b / (times * a) for a, b in found]
+        print(f"{recipe}, {name} against {base}: {', '.join(f'{share:.1%}' for share in shares)}", flush=True)
         spreads = (
-            f"{statistics.median(rates[k]):.0f} ({min(rates[k]):.0f} to {max(rates[k]):.0f})" for k in (base, name)
+            f"{batch * statistics.median(ours):.0f} ({batch * min(ours):.0f} to {batch * max(ours):.0f})"
+            for ours in zip(*found, strict=True)
         )
         yield (
             f"| {recipe} | {name} against {'twice ' * (times - 1)}{base} | {' | '.join(spreads)} | "
@@ -151,8 +162,9 @@ def main() -> None:
             "",
             f"    python -m benchmarks.service --steps {options.steps} --repeats {options.repeats}",
             "",
-            f"Steps {SKIPPED + 1} to {options.steps} of each run, ZeRO stage 2, checkpoints in the middle and at the "
-            f"end, points at every step; {options.repeats} runs of each in turns. {around}; {versions(*PACKAGES)}.",
+            f"Steps {SKIPPED + 1} to {options.steps} (with two workers, twice as many), ZeRO stage 2, a checkpoint "
+            f"every {options.steps // 2} steps, points at every step; {options.repeats} runs of each, a pair by turns "
+            f"of two seconds. {around}; {versions(*PACKAGES)}.",
             "",
             "| recipe | what | images/s: median (spread) | images/s | share |",
             "|---|---|---|---|---|",
