@@ -48,15 +48,16 @@ def ray_cluster(workers: int) -> Iterator[None]:
         if address:
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
         else:
-            ray.init(
-                address="local",
-                _node_ip_address="127.0.0.1",
-                num_cpus=max(min(int(get_num_cpus()), len(os.sched_getaffinity(0))), workers),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                object_store_memory=256 * 2**20,  # shards are read from files; Ray carries next to nothing
-            )
+            with _no_dashboard():
+                ray.init(
+                    address="local",
+                    _node_ip_address="127.0.0.1",
+                    num_cpus=max(min(int(get_num_cpus()), len(os.sched_getaffinity(0))), workers),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    object_store_memory=256 * 2**20,  # shards are read from files; Ray carries next to nothing
+                )
     except Exception as error:  # what Ray raises has no type of its own
         if address:
             raise NoRayError(f"RAY_ADDRESS: no Ray answers at {address} ({error}); start it, or unset it") from error
@@ -67,6 +68,19 @@ def ray_cluster(workers: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _no_dashboard() -> Iterator[None]:
+    """Without it Ray still starts its process, for nothing but telemetry, and waits for it: a tenth of a start."""
+    from ray._private import services
+
+    start = services.start_api_server
+    services.start_api_server = lambda *arguments, **options: (None, None)
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 def token_file(path: Path) -> Path:
