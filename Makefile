@@ -48,7 +48,7 @@ soak: dev ## an hour of random kills, and how much of it was training; ARGS="--m
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench: dev ## what is measured on a CPU, into BENCHMARKS.md (20 minutes on two quiet cores)
-	for part in "attention --seconds 8" "autoencoder --repeats 5" "service --steps 40 --repeats 2" "startup --repeats 3" \
+	for part in "attention --seconds 8" "autoencoder --repeats 5" "service --steps 30 --repeats 1" "startup --repeats 3" \
 		"data --repeats 1 --format jpg" "tracking --steps 100" "checkpoint --repeats 4"; do \
 		$(BIN)/python -m benchmarks.$$part --write || exit 1; done
 
