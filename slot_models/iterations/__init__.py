@@ -4,16 +4,17 @@ The maths are those of Locatello et al. 2020; `plain` says them. For an image wi
 of width d each (W = H d) and T iterations, in multiplications an input, forward and backward:
 
     keys and values of the inputs, as published      6 C W  +  6 T K W
-    neither: ``logits = x (W_k^T q)``,               (8 T + 1) H K C
+    neither: ``logits = x (W_k^T q)``,               6 T H K C to 9 T H K C
              ``updates = W_v (attention^T x)``
 
 so the second wins unless heads are many and narrow (`weights.absorbing`). It also leaves nothing of their size behind:
 a usual training step keeps the normed inputs, keys, values and T attentions, and reads or writes about 6 T tensors of
 the inputs' size; here one pass over the inputs is read an iteration, forward (logits, softmax over the slots, weighted
 sums: 2 H K C) and backward (the same again, and the queries' gradient: 3), and what is kept are rows of the slots. The
-gradient of the inputs is linear in such rows, so it is made once, of all iterations, in the last pass back (2 + 2 for
-each iteration), which is also the one of the first iteration's queries (1). LayerNorm's statistics are taken once; its
-affine part and the biases go into the matrices (`weights.fold`), its own derivative into that last pass.
+gradient of the inputs is linear in such rows, so it is made once, of all iterations, in a last pass back (2 + 2 for
+each iteration). In plain torch the attention is kept too, H K / C of the inputs in each iteration: a processor reads
+it faster than it makes it again, and 6 T of the 9 T are left. LayerNorm's statistics are taken once; its affine
+part and the biases go into the matrices (`weights.fold`), its own derivative into that last pass.
 
     plain       the definition: compile, export, higher derivatives, and whatever does not fit the rest
     derivative  the iterations as one function, with a derivative written by hand; weights' gradients in the end

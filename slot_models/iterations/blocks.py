@@ -1,133 +1,121 @@
 """Passes over the inputs in plain torch, a block of inputs at a time. See passes for what each one is.
 
-A block is small enough that it and what is made of it stay in the processor's cache: each pass reads the inputs from
-memory once, and nothing of size [B, K, N] is ever kept. The normed inputs are never formed either. With
+A block is small enough that it and what is made of it stay in a common last-level cache, so that each pass reads the
+inputs from memory once, and large enough that the work outweighs the calls. The normed inputs are never formed: with
 ``normed = (inputs - mean) * rstd`` and a row r that is centred over the channels,
 
     r . normed = rstd * (r . inputs)
     sum w normed = sum (w * rstd) inputs, but for a multiple of the vector of ones, which no centred row sees
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from slot_models.precision import at_least_float
 
-BLOCK_BYTES = 2**20  # a common second-level cache
-_ALL = slice(None)
+BLOCK_BYTES = 2**23  # for each thread, so that they have images of their own
 
 
 def statistics(inputs: Tensor, norm_eps: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, count, width = inputs.shape
-    mean = torch.empty(batch, count, dtype=_dtype(inputs), device=inputs.device)
-    rstd = torch.empty_like(mean)
-    for b, n in _blocks(inputs, 2 * width):
-        x = at_least_float(inputs[b, n])
-        middle = x.mean(dim=2, keepdim=True)
-        variance = torch.linalg.vector_norm(x - middle, dim=2).square_().div_(width)
-        mean[b, n] = middle.squeeze(2)
-        rstd[b, n] = variance.add_(norm_eps).rsqrt_()
+    one = torch.ones(width, dtype=_dtype(inputs), device=inputs.device)
+    found = []
+    for (x,) in _blocks(2 * width, [inputs.mT], []):
+        # torch takes twice as long without an affine part; what is normed here is thrown away.
+        _, mean, rstd = torch.native_layer_norm(at_least_float(x.mT), [width], one, one, norm_eps)
+        found.append((mean.view(-1), rstd.view(-1)))
+    mean, rstd = (torch.cat(parts).view(batch, count) for parts in zip(*found, strict=True))
     return mean, rstd if mask is None else rstd.mul_(mask)
 
 
-def pool(inputs: Tensor, rstd: Tensor, rows: Tensor, mask: Tensor | None, groups: int, added: float) -> Tensor:
-    width = inputs.shape[2]
-    sums = torch.zeros_like(rows)
-    queries, bias, pooled, total = rows[..., :width], rows[..., width:], sums[..., :width], sums[..., width:]
-    for b, n in _blocks(inputs, width + 3 * rows.shape[1]):
-        x, scale = at_least_float(inputs[b, n]), rstd[b, None, n]  # [b, n, C], [b, 1, n]
-        logits = torch.bmm(queries[b], x.mT).mul_(scale).add_(bias[b])  # [b, R, n]
-        weights = _compete(logits, groups)
-        if added:
-            weights.add_(added)
+def pool(
+    inputs: Tensor, rstd: Tensor, rows: Tensor, mask: Tensor | None, groups: int, added: float
+) -> tuple[Tensor, Tensor]:
+    (batch, count, width), number = inputs.shape, rows.shape[1]
+    pooled, total = (torch.zeros_like(part) for part in _apart(rows))
+    attention = rows.new_empty(batch, number, count)
+    masks = [] if mask is None else [mask[:, None]]
+    for x, scale, won, *real, queries, bias, pooled_here, total_here in _blocks(
+        width + 3 * number, [inputs.mT, rstd[:, None], attention, *masks], [*_apart(rows), pooled, total]
+    ):
+        x = at_least_float(x)  # [b, C, n]
+        logits = torch.addcmul(bias, torch.bmm(queries, x), scale)  # [b, R, n]
+        torch.softmax(_grouped(logits, groups), dim=2, out=_grouped(won, groups))
         if mask is not None:
-            weights.mul_(mask[b, None, n])
-        total[b] += weights.sum(dim=2, keepdim=True)
-        pooled[b].baddbmm_(weights.mul_(scale), x)
-    return sums
+            won.mul_(*real)
+        total_here.add_(won.sum(dim=2, keepdim=True))
+        pooled_here.baddbmm_((won + added).mul_(scale), x.mT)
+    if added:
+        counted = count if mask is None else mask.sum(dim=1).to(total)[:, None, None]
+        total.add_(counted * added)
+    return torch.cat([pooled, total], dim=2), attention
 
 
 def pool_backward(
-    inputs: Tensor, rstd: Tensor, rows: Tensor, d_sums: Tensor, mask: Tensor | None, groups: int
-) -> Tensor:
-    width, half = inputs.shape[2], rows.shape[1]
-    d_rows = torch.zeros_like(rows)
-    both = torch.cat([rows, d_sums], dim=1)  # [B, 2R, C + 1]
-    factors, constant, d_queries, d_bias = (
-        both[..., :width],
-        both[..., width:],
-        d_rows[..., :width],
-        d_rows[..., width:],
-    )
-    for b, n in _blocks(inputs, width + 6 * half):
-        x, scale = at_least_float(inputs[b, n]), rstd[b, None, n]
-        products = torch.bmm(factors[b], x.mT).mul_(scale).add_(constant[b])  # [b, 2R, n]
-        d_weights = products[:, half:]
-        if mask is not None:
-            d_weights.mul_(mask[b, None, n])
-        d_logits = _compete_backward(d_weights, _compete(products[:, :half], groups), groups)
-        d_bias[b] += d_logits.sum(dim=2, keepdim=True)
-        d_queries[b].baddbmm_(d_logits.mul_(scale), x)
-    return d_rows
+    inputs: Tensor, rstd: Tensor, d_sums: Tensor, attention: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    width, number = inputs.shape[2], d_sums.shape[1]
+    d_queries, d_bias = (torch.zeros_like(part) for part in _apart(d_sums))
+    d_logits = torch.empty_like(attention)
+    for x, scale, won, d_here, factors, constant, d_queries_here, d_bias_here in _blocks(
+        width + 4 * number, [inputs.mT, rstd[:, None], attention, d_logits], [*_apart(d_sums), d_queries, d_bias]
+    ):
+        x = at_least_float(x)  # [b, C, n]
+        d_won = torch.addcmul(constant, torch.bmm(factors, x), scale)  # [b, R, n]
+        products = _grouped(d_won.mul_(won), groups)
+        whole = products.sum(dim=2, keepdim=True)
+        torch.addcmul(products, _grouped(won, groups), whole, value=-1, out=_grouped(d_here, groups))
+        d_bias_here.add_(d_here.sum(dim=2, keepdim=True))
+        d_queries_here.baddbmm_(d_here * scale, x.mT)
+    return torch.cat([d_queries, d_bias], dim=2), d_logits
 
 
-def pool_backward_all(
+def inputs_backward(
     inputs: Tensor,
     mean: Tensor,
     rstd: Tensor,
     rows: Tensor,
     d_sums: Tensor,
-    mask: Tensor | None,
-    groups: int,
+    attention: Sequence[Tensor],
+    d_logits: Sequence[Tensor],
     added: float,
-) -> tuple[Tensor, Tensor]:
-    passes, count, width = rows.shape[1], rows.shape[2], inputs.shape[2]
-    half = passes * count
-    d_inputs, d_rows = torch.empty_like(inputs, dtype=rows.dtype), torch.zeros_like(rows[:, 0])
-    both = torch.cat([rows, d_sums], dim=1).flatten(1, 2)  # [B, 2TR, C + 1]
-    factors, constant, d_queries, d_bias = (
-        both[..., :width],
-        both[..., width:],
-        d_rows[..., :width],
-        d_rows[..., width:],
-    )
-    for b, n in _blocks(inputs, 2 * width + 8 * half):
-        x, scale = at_least_float(inputs[b, n]), rstd[b, n]
-        products = torch.bmm(factors[b], x.mT).mul_(scale[:, None])  # [b, 2TR, n]
-        affine = products + constant[b]
-        d_weights = affine[:, half:]
-        if mask is not None:
-            d_weights.mul_(mask[b, None, n])
-        attention = _compete(affine[:, :half], passes * groups)
-        # The gradient of the normed inputs is the transpose of these, times the factors.
-        parts = torch.cat([_compete_backward(d_weights, attention, passes * groups), attention], dim=1)
-        if added:
-            parts[:, half:] += added
-        d_bias[b] += parts[:, :count].sum(dim=2, keepdim=True)
-        # LayerNorm's own: d_x = rstd * (d_normed - mean(d_normed) - normed * mean(d_normed * normed)), where the first
-        # mean is zero, since the factors are centred, and the second is a sum of parts * products.
-        slope = products.mul_(parts).sum(dim=1).mul_(scale).mul_(scale).div_(-width)  # [b, n]
-        parts.mul_(scale[:, None])
-        d_queries[b].baddbmm_(parts[:, :count], x)
-        d_x = torch.mul(x, slope[..., None], out=d_inputs[b, n])
-        d_x.sub_((slope * mean[b, n])[..., None]).baddbmm_(parts.mT, factors[b])
-    return d_inputs.to(inputs.dtype), d_rows
+) -> Tensor:
+    width, passes = inputs.shape[2], len(attention)
+    factors, _ = _apart(torch.cat([d_sums, rows], dim=1).flatten(1, 2))  # [B, 2TR, C]
+    d_inputs = torch.empty_like(inputs)
+    for x, d_x, middle, scale, *parts, factors_here in _blocks(
+        3 * width + 2 * factors.shape[1],
+        [inputs.mT, d_inputs.mT, mean[:, None], rstd[:, None], *attention, *d_logits],
+        [factors],
+    ):
+        weights = [won + added for won in parts[:passes]] if added else parts[:passes]
+        d_normed = torch.bmm(torch.cat([*weights, *parts[passes:]], dim=1).mT, factors_here)  # [b, n, C]
+        d_here: Tensor = torch.ops.aten.native_layer_norm_backward(
+            d_normed, at_least_float(x.mT), [width], middle.mT, scale.mT, None, None, [True, False, False]
+        )[0]
+        if d_here.shape == inputs.shape:  # all in one block
+            return d_here.to(inputs.dtype)
+        d_x.copy_(d_here.mT)
+    return d_inputs
 
 
-def _blocks(inputs: Tensor, values: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of batch and inputs: whole images where several fit, else parts of one; `values` are made of an input."""
-    batch, count, _ = inputs.shape
-    if inputs.device.type != "cpu":
-        yield _ALL, _ALL
+def _blocks(values: int, of_inputs: Sequence[Tensor], of_images: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The parts of tensors [B, *, N] and [B, *, *] that are of a block: some images whole, or a part of one.
+
+    From each input `values` are made.
+    """
+    batch, _, count = of_inputs[0].shape
+    tokens = max(1, torch.get_num_threads() * BLOCK_BYTES // (values * _dtype(of_inputs[0]).itemsize))
+    if batch * count <= tokens or of_inputs[0].device.type != "cpu":
+        yield (*of_inputs, *of_images)
         return
-    tokens = max(1, BLOCK_BYTES // (values * _dtype(inputs).itemsize))
-    images = _evenly(batch, max(1, tokens // count))
-    part = _evenly(count, tokens)
-    for image in range(0, batch, images):
-        for start in range(0, count, part):
-            yield slice(image, image + images), slice(start, start + part)
+    images, part = _evenly(batch, max(1, tokens // count)), _evenly(count, tokens)
+    for some in zip(*(torch.split(tensor, images) for tensor in (*of_inputs, *of_images)), strict=True):
+        inputs, rest = some[: len(of_inputs)], some[len(of_inputs) :]
+        for block in zip(*(torch.split(tensor, part, dim=2) for tensor in inputs), strict=True):
+            yield (*block, *rest)
 
 
 def _evenly(whole: int, most: int) -> int:
@@ -136,21 +124,15 @@ def _evenly(whole: int, most: int) -> int:
     return -(-whole // parts)
 
 
+def _apart(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers [B, R, C] for the channels of an input, and the last ones [B, R, 1]."""
+    return rows[..., :-1], rows[..., -1:]
+
+
 def _dtype(inputs: Tensor) -> torch.dtype:
     return torch.float64 if inputs.dtype == torch.float64 else torch.float32
 
 
-def _compete(logits: Tensor, groups: int) -> Tensor:
-    """Softmax over the rows of each group. [b, R, n]"""
-    return _groups(logits, groups).softmax(dim=2).view_as(logits)
-
-
-def _compete_backward(d_attention: Tensor, attention: Tensor, groups: int) -> Tensor:
-    d_grouped, grouped = _groups(d_attention, groups), _groups(attention, groups)
-    d_logits: Tensor = torch.ops.aten._softmax_backward_data(d_grouped, grouped, 2, attention.dtype)
-    return d_logits.view_as(attention)
-
-
-def _groups(rows: Tensor, groups: int) -> Tensor:
+def _grouped(rows: Tensor, groups: int) -> Tensor:
     batch, count, inputs = rows.shape
     return rows.view(batch, groups, count // groups, inputs)

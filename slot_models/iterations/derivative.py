@@ -24,8 +24,8 @@ from slot_models.iterations.rows import joined
 from slot_models.iterations.weights import Folded, Rules, Weights, fold, fold_backward
 from slot_models.precision import full_precision
 
-Kept = list[tuple[Asked, Taken]]  # of each iteration, what the derivative needs: rows, nothing of the inputs' size
-Found = list[tuple[AskedGradients, TakenGradients]]
+Kept = list[tuple[Asked, Tensor | None, Taken]]  # of each iteration, what the derivative needs; see passes.pool
+Found = list[tuple[AskedGradients, Tensor | None, TakenGradients]]
 
 
 def refine(
@@ -53,7 +53,7 @@ def refine(
             result: Tensor = _Refine.apply(inputs, slots, input_mask, slot_mask, rules, *weights)  # type: ignore[no-untyped-call]
             return result
         reading = passes.read(inputs, rules, input_mask)
-        return _forward(reading, slots, slot_mask, weights, fold(weights, rules), rules)[0]
+        return _forward(reading, slots, slot_mask, weights, fold(weights, rules), rules, keep=False)[0]
 
 
 class _Refine(torch.autograd.Function):
@@ -69,8 +69,8 @@ class _Refine(torch.autograd.Function):
     ) -> Tensor:
         weights = Weights(*parameters)  # type: ignore[arg-type]
         reading, folded = passes.read(inputs, rules, input_mask), fold(weights, rules)
-        result, kept = _forward(reading, slots, slot_mask, weights, folded, rules)
-        iterations = (tensor for asked, taken in kept for tensor in (*asked, *taken))
+        result, kept = _forward(reading, slots, slot_mask, weights, folded, rules, keep=True)
+        iterations = (tensor for asked, attention, taken in kept for tensor in (*asked, attention, *taken))
         ctx.save_for_backward(*reading, slots, slot_mask, *weights, *folded, *iterations)
         ctx.rules = rules
         return result
@@ -85,7 +85,7 @@ class _Refine(torch.autograd.Function):
         rules: Rules = ctx.rules
         reading, slots, slot_mask = following(Reading), next(saved), next(saved)
         weights, folded = following(Weights), following(Folded)
-        kept = [(following(Asked), following(Taken)) for _ in range(rules.iterations)]
+        kept = [(following(Asked), next(saved), following(Taken)) for _ in range(rules.iterations)]
         with full_precision(d_result):
             if torch.is_grad_enabled():  # a second derivative will be asked for
                 return _differentiable(d_result, ctx.needs_input_grad, reading, slots, slot_mask, weights, rules)
@@ -96,16 +96,24 @@ class _Refine(torch.autograd.Function):
 
 
 def _forward(
-    reading: Reading, slots: Tensor, slot_mask: Tensor | None, weights: Weights, folded: Folded, rules: Rules
+    reading: Reading,
+    slots: Tensor,
+    slot_mask: Tensor | None,
+    weights: Weights,
+    folded: Folded,
+    rules: Rules,
+    keep: bool,
 ) -> tuple[Tensor, Kept]:
-    shape, kept = slots.shape, []
+    kept: Kept = []
+    shape = slots.shape
     masked, count = _masked(slot_mask, rules), _count(reading, rules)
     slots = slots.flatten(0, 1)  # [R, D]
     for _ in range(rules.iterations):
         asked = ask(slots, shape[0], masked, weights, folded, rules)
-        sums = passes.pool(reading, asked.rows, rules)
+        sums, attention = passes.pool(reading, asked.rows, rules)
         slots, taken = take(sums, count, slots, weights, folded, rules)
-        kept.append((asked, taken))
+        if keep:
+            kept.append((asked, attention, taken))
     return slots.view(shape), kept
 
 
@@ -121,26 +129,27 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor, Found]:
     """Gradients of the inputs, the slots, and of what stands between them in each iteration."""
     masked, count = _masked(slot_mask, rules), _count(reading, rules)
-    d_inputs, d_slots = None, d_result.flatten(0, 1)
+    d_slots = d_result.flatten(0, 1)
     found: Found = []
-    d_sums: list[Tensor] = []
-    for asked, taken in reversed(kept):
+    for asked, attention, taken in reversed(kept):
         d_slots, d_taken = take_backward(d_slots, taken, asked.slots, count, weights, folded, rules)
-        d_sums.insert(0, d_taken.sums)
-        if to_inputs and len(d_sums) == len(kept):  # the first iteration, come to last: now all are known
-            rows = torch.stack([each.rows for each, _ in kept], dim=1)  # [B, T, H K, C + 1]
-            d_inputs, d_rows = passes.pool_backward_all(reading, rows, torch.stack(d_sums, dim=1), rules)
-        else:
-            d_rows = passes.pool_backward(reading, asked.rows, d_taken.sums, rules)
+        d_rows, d_logits = passes.pool_backward(reading, asked.rows, d_taken.sums, attention, rules)
         d_slots, d_asked = ask_backward(d_rows, d_slots, asked, masked, weights, folded, rules)
-        found.insert(0, (d_asked, d_taken))
+        found.insert(0, (d_asked, d_logits, d_taken))
+    if not to_inputs:
+        return None, d_slots.view_as(d_result), found
+    all_asked, attentions, _ = zip(*kept, strict=True)
+    _, d_attentions, all_taken = zip(*found, strict=True)
+    rows = torch.stack([asked.rows for asked in all_asked], dim=1)  # [B, T, H K, C + 1]
+    d_sums = torch.stack([taken.sums for taken in all_taken], dim=1)
+    d_inputs = passes.inputs_backward(reading, rows, d_sums, attentions, d_attentions, rules)
     return d_inputs, d_slots.view_as(d_result), found
 
 
 def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) -> tuple[Tensor | None, ...]:
     """In the order of Weights: one product for each, over the rows of all iterations."""
-    asked, taken = zip(*kept, strict=True)
-    d_asked, d_taken = zip(*found, strict=True)
+    asked, _, taken = zip(*kept, strict=True)
+    d_asked, _, d_taken = zip(*found, strict=True)
     pooled = [by_head(each.pooled, rules.heads) for each in taken]  # [H, R, C + 1]
     result = fold_backward(
         Folded(

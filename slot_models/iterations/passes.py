@@ -5,6 +5,7 @@ always 1, so the last number of a query is added to its logits, and that of a we
 The first C numbers of a query are centred over the channels, and those of a sum are known but for a multiple of ones.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -50,36 +51,45 @@ def read(inputs: Tensor, rules: Rules, mask: Tensor | None) -> Reading:
     return Reading(inputs, mean, rstd, mask)
 
 
-def pool(reading: Reading, rows: Tensor, rules: Rules) -> Tensor:
-    """Slots compete and pool what they win: sums [B, R, C + 1] of the normed inputs.
+def pool(reading: Reading, rows: Tensor, rules: Rules) -> tuple[Tensor, Tensor | None]:
+    """Slots compete and pool what they win: sums [B, R, C + 1] of the normed inputs, and the attention.
 
     The weights are the softmax of the logits over the rows of a group, plus what the rules add; 0 for a masked input.
+    The softmax is kept for the derivative, [B, R, N], where that is cheaper than to make it again.
     """
     if in_triton(reading.inputs):
-        sums: Tensor = _triton().pool(*reading[:3], rows.contiguous(), rules.groups, rules.added, rules.half)
-        return sums
+        return _triton().pool(*reading[:3], rows.contiguous(), rules.groups, rules.added, rules.half), None
     return blocks.pool(reading.inputs, reading.rstd, rows, reading.mask, rules.groups, rules.added)
 
 
-def pool_backward(reading: Reading, rows: Tensor, d_sums: Tensor, rules: Rules) -> Tensor:
-    """The gradient of the rows, from that of the sums; its first C numbers are known but for a multiple of ones."""
-    if in_triton(reading.inputs):
+def pool_backward(
+    reading: Reading, rows: Tensor, d_sums: Tensor, attention: Tensor | None, rules: Rules
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the rows, from that of the sums; its first C numbers are known but for a multiple of ones.
+
+    And that of the logits, where the attention was kept.
+    """
+    if attention is None:
         rows, d_sums = rows.contiguous(), d_sums.contiguous()
-        d_rows: Tensor = _triton().pool_backward(*reading[:3], rows, d_sums, rules.groups, rules.half)
-        return d_rows
-    return blocks.pool_backward(reading.inputs, reading.rstd, rows, d_sums, reading.mask, rules.groups)
+        return _triton().pool_backward(*reading[:3], rows, d_sums, rules.groups, rules.half), None
+    return blocks.pool_backward(reading.inputs, reading.rstd, d_sums, attention, rules.groups)
 
 
-def pool_backward_all(reading: Reading, rows: Tensor, d_sums: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+def inputs_backward(
+    reading: Reading,
+    rows: Tensor,
+    d_sums: Tensor,
+    attention: Sequence[Tensor | None],
+    d_logits: Sequence[Tensor | None],
+    rules: Rules,
+) -> Tensor:
     """The gradient of the inputs before their LayerNorm through T passes, of which rows and d_sums are
-    [B, T, R, C + 1], and that of the rows of the first pass."""
-    if in_triton(reading.inputs):
-        d_rows = pool_backward(reading, rows[:, 0], d_sums[:, 0], rules)
+    [B, T, R, C + 1]."""
+    kept, d_kept = ([each for each in parts if each is not None] for parts in (attention, d_logits))
+    if not kept:
         d_inputs: Tensor = _triton().inputs_backward(*reading[:3], rows, d_sums, rules.groups, rules.added, rules.half)
-        return d_inputs, d_rows
-    return blocks.pool_backward_all(
-        reading.inputs, reading.mean, reading.rstd, rows, d_sums, reading.mask, rules.groups, rules.added
-    )
+        return d_inputs
+    return blocks.inputs_backward(*reading[:3], rows, d_sums, kept, d_kept, rules.added)
 
 
 def _triton() -> ModuleType:

@@ -53,16 +53,18 @@ def test_each_kernel_is_its_pass_in_plain_torch(sizes: Any, masked: bool) -> Non
     mean, rstd = known
     rows = centred(batch, 2, groups * rows_of_group, width + 1, seed=3)
     d_sums = centred(batch, 2, groups * rows_of_group, width + 1, seed=4)
-    first, d_first = rows[:, 0].contiguous(), d_sums[:, 0].contiguous()
-
-    sums = kernels.pool(inputs, mean, rstd, first, groups, 1e-3, False)
-    assert same(sums, blocks.pool(inputs, rstd, first, mask, groups, 1e-3))
-    d_rows = kernels.pool_backward(inputs, mean, rstd, first, d_first, groups, False)
-    assert same(d_rows, blocks.pool_backward(inputs, rstd, first, d_first, mask, groups))
+    attention, d_logits = [], []
+    for row, d_sum in zip(rows.unbind(1), d_sums.unbind(1), strict=True):
+        row, d_sum = row.contiguous(), d_sum.contiguous()
+        expected, won = blocks.pool(inputs, rstd, row, mask, groups, 1e-3)
+        assert same(kernels.pool(inputs, mean, rstd, row, groups, 1e-3, False), expected)
+        expected, d_won = blocks.pool_backward(inputs, rstd, d_sum, won, groups)
+        assert same(kernels.pool_backward(inputs, mean, rstd, row, d_sum, groups, False), expected)
+        attention.append(won)
+        d_logits.append(d_won)
     d_inputs = kernels.inputs_backward(inputs, mean, rstd, rows, d_sums, groups, 1e-3, False)
-    expected, first_of_all = blocks.pool_backward_all(inputs, mean, rstd, rows, d_sums, mask, groups, 1e-3)
+    expected = blocks.inputs_backward(inputs, mean, rstd, rows, d_sums, attention, d_logits, 1e-3)
     assert distance(d_inputs, expected) <= 1e-4
-    assert same(d_rows, first_of_all)
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
