@@ -76,14 +76,14 @@ def inputs_backward(
     inputs: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    rows: Tensor,
-    d_sums: Tensor,
+    rows: Sequence[Tensor],
+    d_sums: Sequence[Tensor],
     attention: Sequence[Tensor],
     d_logits: Sequence[Tensor],
     added: float,
 ) -> Tensor:
     width, passes = inputs.shape[2], len(attention)
-    factors, _ = _apart(torch.cat([d_sums, rows], dim=1).flatten(1, 2))  # [B, 2TR, C]
+    factors, _ = _apart(torch.cat([*d_sums, *rows], dim=1))  # [B, 2TR, C]
     d_inputs = torch.empty_like(inputs)
     for x, d_x, middle, scale, *parts, factors_here in _blocks(
         3 * width + 2 * factors.shape[1],

@@ -20,7 +20,7 @@ from slot_models.iterations.halves import (
     take_backward,
 )
 from slot_models.iterations.passes import Reading
-from slot_models.iterations.rows import joined
+from slot_models.iterations.rows import joined, summed, summed_products
 from slot_models.iterations.weights import Folded, Rules, Weights, fold, fold_backward
 from slot_models.precision import full_precision
 
@@ -128,11 +128,11 @@ def _backward(
     to_inputs: bool,
 ) -> tuple[Tensor | None, Tensor, Found]:
     """Gradients of the inputs, the slots, and of what stands between them in each iteration."""
-    masked, count = _masked(slot_mask, rules), _count(reading, rules)
+    masked = _masked(slot_mask, rules)
     d_slots = d_result.flatten(0, 1)
     found: Found = []
     for asked, attention, taken in reversed(kept):
-        d_slots, d_taken = take_backward(d_slots, taken, asked.slots, count, weights, folded, rules)
+        d_slots, d_taken = take_backward(d_slots, taken, asked.slots, weights, folded, rules)
         d_rows, d_logits = passes.pool_backward(reading, asked.rows, d_taken.sums, attention, rules)
         d_slots, d_asked = ask_backward(d_rows, d_slots, asked, masked, weights, folded, rules)
         found.insert(0, (d_asked, d_logits, d_taken))
@@ -140,14 +140,13 @@ def _backward(
         return None, d_slots.view_as(d_result), found
     all_asked, attentions, _ = zip(*kept, strict=True)
     _, d_attentions, all_taken = zip(*found, strict=True)
-    rows = torch.stack([asked.rows for asked in all_asked], dim=1)  # [B, T, H K, C + 1]
-    d_sums = torch.stack([taken.sums for taken in all_taken], dim=1)
+    rows, d_sums = [asked.rows for asked in all_asked], [taken.sums for taken in all_taken]
     d_inputs = passes.inputs_backward(reading, rows, d_sums, attentions, d_attentions, rules)
     return d_inputs, d_slots.view_as(d_result), found
 
 
 def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) -> tuple[Tensor | None, ...]:
-    """In the order of Weights: one product for each, over the rows of all iterations."""
+    """In the order of Weights, of the rows of all iterations."""
     asked, _, taken = zip(*kept, strict=True)
     d_asked, _, d_taken = zip(*found, strict=True)
     pooled = [by_head(each.pooled, rules.heads) for each in taken]  # [H, R, C + 1]
@@ -161,8 +160,7 @@ def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) 
     )
 
     def of_linear(name: str, bias: str, gradients: list[Tensor], rows: list[Tensor]) -> None:
-        gradient = joined(gradients)
-        result[name], result[bias] = gradient.T @ joined(rows), gradient.sum(dim=0)
+        result[name], result[bias] = summed_products(gradients, rows), summed(gradients).sum(dim=0)
 
     of_linear("to_query", "query_bias", [d.queries for d in d_asked], [a.normed for a in asked])
     if weights.combine is not None:
@@ -172,8 +170,10 @@ def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) 
     of_linear("mlp_hidden", "mlp_hidden_bias", [d.hidden for d in d_taken], [t.normed for t in taken])
     of_linear("mlp_out", "mlp_out_bias", [d.out for d in d_taken], [t.hidden for t in taken])
     for name, gradients in (("norm_slots", d_asked), ("norm_mlp", d_taken)):
-        result[name] = torch.stack([d.norm for d in gradients]).sum(dim=0)
-        result[f"{name}_bias"] = torch.stack([d.norm_bias for d in gradients]).sum(dim=0)
+        result[name], result[f"{name}_bias"] = (
+            summed([d.norm for d in gradients]),
+            summed([d.norm_bias for d in gradients]),
+        )
     return tuple(
         None if weight is None else result[name] for name, weight in zip(Weights._fields, weights, strict=True)
     )

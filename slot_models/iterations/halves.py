@@ -37,7 +37,7 @@ class Taken(NamedTuple):
     """What they get, and become."""
 
     pooled: Tensor  # [B, H K, C + 1]
-    total: Tensor  # [B, H K, 1], the sums of the weights
+    whole: Tensor  # [B or 1, H K or 1, 1], what the weighted sums were divided by
     values: Tensor  # [R, H d]
     updates: Tensor  # [R, D], or the values without a projection of the heads
     gates: Tensor  # these three are the GRU's state
@@ -109,19 +109,19 @@ def take(
 
     Count [B or 1, 1, 1] is the number of inputs where the update is a sum, and nothing where it is a mean.
     """
-    total = sums[..., -1:]
-    pooled = sums / _whole(total, count, rules)
+    whole = sums[..., -1:].clamp(min=rules.eps) if count is None else count  # a mean of no inputs at all is zero
+    pooled = sums / whole
     values = updates = merge(torch.bmm(by_head(pooled, rules.heads), folded.values.mT))
     if weights.combine is not None:
         updates = functional.linear(values, weights.combine, weights.combine_bias)
     middle, state = gru(updates, slots, weights.gru)
     normed = normalise(middle, weights.norm_mlp, weights.norm_mlp_bias, rules.norm_eps)
     out, hidden = mlp(normed.rows, weights.mlp)
-    return out.add_(middle), Taken(pooled, total, values, updates, *state, middle, *normed, hidden)
+    return out.add_(middle), Taken(pooled, whole, values, updates, *state, middle, *normed, hidden)
 
 
 def take_backward(
-    d_next: Tensor, taken: Taken, slots: Tensor, count: Tensor | None, weights: Weights, folded: Folded, rules: Rules
+    d_next: Tensor, taken: Taken, slots: Tensor, weights: Weights, folded: Folded, rules: Rules
 ) -> tuple[Tensor, TakenGradients]:
     """The gradient of the slots but for their queries, and of the rest."""
     d_normed, d_hidden = mlp_backward(d_next, taken.hidden, weights.mlp)
@@ -133,18 +133,14 @@ def take_backward(
     state = GRUState(taken.gates, taken.from_hidden, taken.new)
     d_updates, d_slots, d_from_updates, d_from_slots = gru_backward(d_middle, slots, state, weights.gru)
     d_values = split(d_updates if weights.combine is None else d_updates @ weights.combine, rules.heads)
-    d_sums = by_image(torch.bmm(d_values, folded.values), len(taken.pooled)) / _whole(taken.total, count, rules)
-    if count is None:  # the weights also count in what is divided by, where eps does not bound it
-        d_whole = (d_sums * taken.pooled).sum(dim=2, keepdim=True)
-        d_sums[..., -1:] -= d_whole.masked_fill_(taken.total < rules.eps, 0.0)
+    d_sums = by_image(torch.bmm(d_values, folded.values), len(taken.pooled)) / taken.whole
+    if (
+        rules.update == "mean"
+    ):  # which the weights divide too; eps bounds them only where no input counts, and pooled is 0
+        d_sums[..., -1:].sub_((d_sums * taken.pooled).sum(dim=2, keepdim=True))
     return d_slots, TakenGradients(
         d_sums, d_values, d_updates, d_from_updates, d_from_slots, d_norm, d_norm_bias, d_hidden, d_next
     )
-
-
-def _whole(total: Tensor, count: Tensor | None, rules: Rules) -> Tensor:
-    """What weighted sums are divided by: a mean of no inputs at all is zero."""
-    return total.clamp(min=rules.eps) if count is None else count
 
 
 def split(rows: Tensor, heads: int) -> Tensor:

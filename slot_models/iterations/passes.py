@@ -77,17 +77,18 @@ def pool_backward(
 
 def inputs_backward(
     reading: Reading,
-    rows: Tensor,
-    d_sums: Tensor,
+    rows: Sequence[Tensor],
+    d_sums: Sequence[Tensor],
     attention: Sequence[Tensor | None],
     d_logits: Sequence[Tensor | None],
     rules: Rules,
 ) -> Tensor:
-    """The gradient of the inputs before their LayerNorm through T passes, of which rows and d_sums are
-    [B, T, R, C + 1]."""
+    """The gradient of the inputs before their LayerNorm through all passes, in their order."""
     kept, d_kept = ([each for each in parts if each is not None] for parts in (attention, d_logits))
     if not kept:
-        d_inputs: Tensor = _triton().inputs_backward(*reading[:3], rows, d_sums, rules.groups, rules.added, rules.half)
+        d_inputs: Tensor = _triton().inputs_backward(
+            *reading[:3], torch.stack(list(rows), 1), torch.stack(list(d_sums), 1), rules.groups, rules.added, rules.half
+        )
         return d_inputs
     return blocks.inputs_backward(*reading[:3], rows, d_sums, kept, d_kept, rules.added)
 

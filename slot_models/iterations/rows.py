@@ -101,3 +101,15 @@ def mlp_backward(d_out: Tensor, hidden: Tensor, weights: MLPWeights) -> tuple[Te
 def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """The rows of all iterations."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+def summed(parts: Sequence[Tensor]) -> Tensor:
+    return sum(parts[1:], start=parts[0])
+
+
+def summed_products(gradients: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """The gradient of a matrix: what ``joined(gradients).T @ joined(rows)`` is, without the copies."""
+    result = gradients[0].T @ rows[0]
+    for gradient, row in zip(gradients[1:], rows[1:], strict=True):
+        result.addmm_(gradient.T, row)
+    return result

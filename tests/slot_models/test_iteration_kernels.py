@@ -63,7 +63,8 @@ def test_each_kernel_is_its_pass_in_plain_torch(sizes: Any, masked: bool) -> Non
         attention.append(won)
         d_logits.append(d_won)
     d_inputs = kernels.inputs_backward(inputs, mean, rstd, rows, d_sums, groups, 1e-3, False)
-    expected = blocks.inputs_backward(inputs, mean, rstd, rows, d_sums, attention, d_logits, 1e-3)
+    lists = (list(t.unbind(1)) for t in (rows, d_sums))
+    expected = blocks.inputs_backward(inputs, mean, rstd, *lists, attention, d_logits, 1e-3)
     assert distance(d_inputs, expected) <= 1e-4
 
 
