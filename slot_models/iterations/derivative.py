@@ -160,7 +160,9 @@ def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) 
     )
 
     def of_linear(name: str, bias: str, gradients: list[Tensor], rows: list[Tensor]) -> None:
-        result[name], result[bias] = summed_products(gradients, rows), summed(gradients).sum(dim=0)
+        result[name] = summed_products(gradients, rows)
+        if getattr(weights, bias) is not None:
+            result[bias] = summed(gradients).sum(dim=0)
 
     of_linear("to_query", "query_bias", [d.queries for d in d_asked], [a.normed for a in asked])
     if weights.combine is not None:
@@ -170,10 +172,8 @@ def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) 
     of_linear("mlp_hidden", "mlp_hidden_bias", [d.hidden for d in d_taken], [t.normed for t in taken])
     of_linear("mlp_out", "mlp_out_bias", [d.out for d in d_taken], [t.hidden for t in taken])
     for name, gradients in (("norm_slots", d_asked), ("norm_mlp", d_taken)):
-        result[name], result[f"{name}_bias"] = (
-            summed([d.norm for d in gradients]),
-            summed([d.norm_bias for d in gradients]),
-        )
+        result[name] = summed([d.norm for d in gradients])
+        result[f"{name}_bias"] = summed([d.norm_bias for d in gradients])
     return tuple(
         None if weight is None else result[name] for name, weight in zip(Weights._fields, weights, strict=True)
     )

@@ -143,9 +143,12 @@ def take_backward(
     )
 
 
+# With one head there is nothing to reorder, and the calls would be a part of what a small image costs.
+
+
 def split(rows: Tensor, heads: int) -> Tensor:
     """[R, H d] -> [H, R, d]."""
-    return rows.view(len(rows), heads, -1).transpose(0, 1)
+    return rows[None] if heads == 1 else rows.view(len(rows), heads, -1).transpose(0, 1)
 
 
 def merge(rows: Tensor) -> Tensor:
@@ -156,10 +159,14 @@ def merge(rows: Tensor) -> Tensor:
 def by_image(rows: Tensor, batch: int) -> Tensor:
     """[H, B K, c] -> [B, H K, c]."""
     heads, _, width = rows.shape
+    if heads == 1:
+        return rows.view(batch, -1, width)
     return rows.view(heads, batch, -1, width).transpose(0, 1).reshape(batch, -1, width)
 
 
 def by_head(rows: Tensor, heads: int) -> Tensor:
     """[B, H K, c] -> [H, B K, c]."""
     batch, _, width = rows.shape
+    if heads == 1:
+        return rows.view(1, -1, width)
     return rows.view(batch, heads, -1, width).transpose(0, 1).reshape(heads, -1, width)

@@ -87,7 +87,12 @@ def inputs_backward(
     kept, d_kept = ([each for each in parts if each is not None] for parts in (attention, d_logits))
     if not kept:
         d_inputs: Tensor = _triton().inputs_backward(
-            *reading[:3], torch.stack(list(rows), 1), torch.stack(list(d_sums), 1), rules.groups, rules.added, rules.half
+            *reading[:3],
+            torch.stack(list(rows), 1),
+            torch.stack(list(d_sums), 1),
+            rules.groups,
+            rules.added,
+            rules.half,
         )
         return d_inputs
     return blocks.inputs_backward(*reading[:3], rows, d_sums, kept, d_kept, rules.added)

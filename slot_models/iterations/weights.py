@@ -99,11 +99,12 @@ def fold(weights: Weights, rules: Rules) -> Folded:
 
 
 def _folded(matrix: Tensor, bias: Tensor | None, weights: Weights, rules: Rules) -> Tensor:
-    product = matrix * (weights.norm_inputs * rules.scale)
-    last = matrix @ weights.norm_inputs_bias
+    affine = weights.norm_inputs * rules.scale
+    away = torch.mv(matrix, affine / -len(affine))[:, None]  # what centres a row
+    last = torch.mv(matrix, weights.norm_inputs_bias)
     if bias is not None:
         last = last + bias
-    folded = torch.cat([product - product.mean(dim=1, keepdim=True), (last * rules.scale)[:, None]], dim=1)
+    folded = torch.cat([torch.addcmul(away, matrix, affine), (last * rules.scale)[:, None]], dim=1)
     return folded.view(rules.heads, -1, folded.shape[1])
 
 
