@@ -8,12 +8,13 @@
     einsums                   the usual order: keys and values of all inputs (benchmarks/usual_attention.py)
 
 All have the same sizes, in float32 with a gradient of the inputs, and take turns, so that what else the machine does
-hits all alike. Speeds are against the fastest other one in each shape, by the least time of each (the least disturbed)
-and by the medians. Memory is the most that torch holds during a step above what it held before, which is the inputs and
-the weights.
+hits all alike; in all orders, so that none always finds the caches as the same other one leaves them. Speeds are
+against the fastest other one in each shape, by the least time of each (the least disturbed) and by the medians. Memory
+is the most that torch holds during a step above what it held before, which is the inputs and the weights.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -67,9 +68,10 @@ def steps(batch: int, count: int, dim: int, num_slots: int) -> dict[str, Callabl
 def seconds(taking: dict[str, Callable[[], None]], budget: float) -> dict[str, list[float]]:
     """Of each step, in turns until the budget of seconds is spent, but five turns at least; one is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in taking}
+    orders = itertools.cycle(itertools.permutations(taking.items()))
     end = time.perf_counter() + budget
     while time.perf_counter() < end or len(taken[OURS]) < 6:
-        for name, step in taking.items():
+        for name, step in next(orders):
             start = time.perf_counter()
             step()
             taken[name].append(time.perf_counter() - start)

@@ -90,8 +90,11 @@ def inputs_backward(
         [inputs.mT, d_inputs.mT, mean[:, None], rstd[:, None], *attention, *d_logits],
         [factors],
     ):
-        weights = [won + added for won in parts[:passes]] if added else parts[:passes]
-        d_normed = torch.bmm(torch.cat([*weights, *parts[passes:]], dim=1).mT, factors_here)  # [b, n, C]
+        weights = torch.cat(parts, dim=1)  # [b, 2TR, n]
+        if added:
+            weights[:, : passes * rows[0].shape[1]].add_(added)
+        d_normed = torch.bmm(weights.mT, factors_here)  # [b, n, C]
+        del weights  # the most memory of a step is held here
         d_here: Tensor = torch.ops.aten.native_layer_norm_backward(
             d_normed, at_least_float(x.mT), [width], middle.mT, scale.mT, None, None, [True, False, False]
         )[0]
