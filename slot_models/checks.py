@@ -1,5 +1,6 @@
 """What is wrong with a tensor that a user handed in, in a sentence."""
 
+import math
 from typing import Any, get_args
 
 import torch
@@ -48,8 +49,13 @@ def check_finite(result: Tensor, **given: Tensor | None) -> None:
     The result is small and is looked at first. Nothing is looked at on a device, where a look waits for its whole
     queue, nor while a graph is traced, which knows no values.
     """
-    if result.device.type != "cpu" or torch.compiler.is_compiling() or bool(result.isfinite().all()):
+    if result.device.type != "cpu" or torch.compiler.is_compiling() or _all_finite(result):
         return
     for name, tensor in given.items():
-        if tensor is not None and not bool(tensor.isfinite().all()):
+        if tensor is not None and not _all_finite(tensor):
             raise ValueError(f"{name}: it holds NaN or infinity; mask such entries or leave them out")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # A sum takes a tenth of the time, and only numbers that are huge need the second look.
+    return math.isfinite(tensor.detach().sum().item()) or bool(tensor.isfinite().all())
