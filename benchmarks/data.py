@@ -14,8 +14,8 @@
 The others decode as they do by themselves or as their documentation shows, with Pillow, and hand out the same float32
 batches. Rates are images a second after a warm-up, the median of `--repeats` turns with their spread. CPU time, of this
 process and of the processes that it starts, tells more than rates where the machine has other work or few cores. The
-readers take turns, so that what else the machine does hits all alike; rates need as many idle cores as processes, and
-one more.
+readers take turns, so that what else the machine does hits all alike, each in a fresh process, so that none pays for
+what another one has imported; rates need as many idle cores as processes, and one more.
 
 The last two pin other versions of what slotforge uses: put them into a folder of their own with
 
@@ -38,7 +38,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,12 +260,12 @@ def measured(format: str, side: int, processes: int, repeats: int) -> tuple[dict
         folder = Path(name)
         images = written(folder, format, side)
         readers: dict[str, Callable[[], Turn]] = {
-            "read": lambda: read(folder),
-            "decode": lambda: decode_only(images, processes),
-            "decode beside": lambda: decode_only(images, processes, beside=True),
-            "convert": lambda: convert(images),
-            "stream": lambda: stream(folder, processes),
-            "webdataset": lambda: webdataset(folder, processes),
+            "read": partial(read, folder),
+            "decode": partial(decode_only, images, processes),
+            "decode beside": partial(decode_only, images, processes, beside=True),
+            "convert": partial(convert, images),
+            "stream": partial(stream, folder, processes),
+            "webdataset": partial(webdataset, folder, processes),
         }
         for reader in (mosaic, litdata):
             try:
@@ -271,12 +273,18 @@ def measured(format: str, side: int, processes: int, repeats: int) -> tuple[dict
             except (ImportError, RuntimeError) as error:  # torchvision raises the latter
                 print(f"{reader.__name__} is left out: {error}", flush=True)
             else:
-                readers[reader.__name__] = lambda reader=reader: reader(folder, images, processes)
+                readers[reader.__name__] = partial(reader, folder, images, processes)
         turns: dict[str, list[Turn]] = {reader: [] for reader in readers}
         for _ in range(repeats):
             for reader, turn in readers.items():
-                turns[reader].append(turn())
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin) as fresh:
+                    turns[reader].append(fresh.submit(turn).result())
     return turns, sum(map(len, images)) // len(images)
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the readers' own workers, as without a spawned process
 
 
 def table(turns: dict[str, list[Turn]], title: str) -> str:
@@ -309,7 +317,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="into BENCHMARKS.md")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     parts = [
         "## Samples a second",
         f"    OMP_NUM_THREADS=1 python -m benchmarks.data --processes {options.processes} --repeats {options.repeats}",

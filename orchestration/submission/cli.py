@@ -1,6 +1,7 @@
 """slotforge submit"""
 
 import os
+import signal
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -51,6 +52,7 @@ def submit(
         fail(f"--stop-seconds: {stop_seconds} is less than the {least} that saving may take; give that or more", 2)
     if retries and not follow:
         fail(f"--retries: {retries} needs the job to be followed to its end; leave --no-follow out", 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     try:
         code = submission.submit(
             recipe,

@@ -66,7 +66,12 @@ def test_a_job_that_is_stopped_saves_and_the_next_goes_on_with_it(twin: tuple[Ru
 
     ours = [str(BIN / "slotforge"), "submit", recipe, *overrides, "--address", head.address, "--retries", "3"]
     with subprocess.Popen(
-        ours, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *ours],  # as a shell starts what it puts into the background
+        env=head.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as submission:
         run.wait_for_step(60, submission)
         submission.send_signal(signal.SIGINT)
