@@ -107,21 +107,20 @@ class Run:
         found: list[float] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    def rate(self, begin: float, end: float) -> float:
-        """Steps a second between the first and the last one of a time."""
-        counted = [moment for moment in self.times() if begin <= moment <= end]
-        return (len(counted) - 1) / self.turn.seconds(counted[0], counted[-1])
-
 
 def rates(folder: Path, pair: tuple[str, str], recipe: str, steps: int, repeat: int) -> tuple[float, float]:
     """Steps a second of two kinds that run by turns."""
     kinds = pair if repeat % 2 == 0 else pair[::-1]
     runs = {name: Run(folder / name, KINDS[name], recipe, steps, f"{name}-{repeat}") for name in kinds}
     alternate([run.turn for run in runs.values()])
-    times = [run.times() for run in runs.values()]
-    begin, end = max(moments[SKIPPED] for moments in times), min(moments[-1] for moments in times)
-    first, second = (runs[name].rate(begin, end) for name in pair)
-    return first, second
+    times = {name: run.times() for name, run in runs.items()}
+    begin, end = max(moments[SKIPPED] for moments in times.values()), min(moments[-1] for moments in times.values())
+
+    def rate(name: str) -> float:
+        counted = [moment for moment in times[name] if begin <= moment <= end]
+        return (len(counted) - 1) / runs[name].turn.seconds(counted[0], counted[-1])
+
+    return rate(pair[0]), rate(pair[1])
 
 
 def measured(recipe: str, steps: int, repeats: int, batch: int) -> Iterator[str]:

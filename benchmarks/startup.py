@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.page import machine, versions, write
+from benchmarks.turns import family
 
 PACKAGES = ("torch", "ray", "deepspeed", "mlflow")
 MARKS = ("starting Ray", "from step", "training from", "training  loss")
@@ -49,7 +50,7 @@ def start(home: Path, name: str, workers: int) -> dict[str, float]:
     sets = [part for change in changes for part in ("--set", change)]
     command = [sys.executable, "-m", "orchestration.train", "--recipe", "tetrominoes", *sets]
     began, ends = time.perf_counter(), list[float]()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+    process = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said = []
     try:
@@ -61,21 +62,15 @@ def start(home: Path, name: str, workers: int) -> dict[str, float]:
                 break
         else:
             raise SystemExit(f"the run told {len(ends)} of {len(MARKS)} marks:\n{''.join(said)[-4000:]}")
-        cores = sum(used.user + used.system for used in (one.cpu_times() for one in _family(process.pid)))
+        cores = sum(used.user + used.system for used in (one.cpu_times() for one in family(process)))
     finally:
-        family = _family(process.pid)
-        for one in family:
+        everyone = family(process)
+        for one in everyone:
             one.kill()
-        psutil.wait_procs(family, timeout=20)
+        psutil.wait_procs(everyone, timeout=20)
         process.wait()
     parts = [end - before for before, end in zip([began, *ends], ends, strict=False)]
     return {**dict(zip(NAMES, parts, strict=True)), TOTAL: sum(parts), CORES: cores}
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    """A driver and all of its Ray that lives."""
-    driver = psutil.Process(pid)
-    return [one for one in (driver, *driver.children(recursive=True)) if one.status() != psutil.STATUS_ZOMBIE]
 
 
 def main() -> None:

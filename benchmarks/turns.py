@@ -50,7 +50,7 @@ def alternate(turns: Sequence[Turn], seconds: float = 2.0) -> None:
             for turn, process in zip(turns, processes, strict=True):
                 if process.poll() is None:
                     begin = time.time()
-                    for one in reversed(_family(process)):
+                    for one in reversed(family(process)):
                         one.resume()
                     _wait(process, seconds)
                     _stop(process)
@@ -60,7 +60,7 @@ def alternate(turns: Sequence[Turn], seconds: float = 2.0) -> None:
                 raise SystemExit(f"{' '.join(turn.command[:8])} ...\n{turn.output.read_text()[-6000:]}")
     finally:
         for process in processes:
-            for one in _family(process):
+            for one in family(process):
                 one.kill()
             process.wait()
 
@@ -75,7 +75,7 @@ def _wait(process: psutil.Popen, seconds: float) -> None:
 def _stop(process: psutil.Popen) -> None:
     """Parents first, and again until nobody new is found: a process that is stopped starts no others."""
     stopped: set[int] = set()
-    while new := [one for one in _family(process) if one.pid not in stopped]:
+    while new := [one for one in family(process) if one.pid not in stopped]:
         for one in new:
             stopped.add(one.pid)
             try:
@@ -84,9 +84,17 @@ def _stop(process: psutil.Popen) -> None:
                 continue
 
 
-def _family(process: psutil.Popen) -> list[psutil.Process]:
-    """A process and all that come from it, parents first; nobody once it has ended."""
+def family(process: psutil.Process | psutil.Popen) -> list[psutil.Process]:
+    """A process and all that come from it and live, parents first; nobody once it has ended."""
     try:
-        return [process, *process.children(recursive=True)]
+        everyone = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+    return [one for one in everyone if _lives(one)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -7,7 +7,7 @@ of width d each (W = H d) and T iterations, in multiplications an input, forward
     neither: ``logits = x (W_k^T q)``,               6 T H K C to 9 T H K C
              ``updates = W_v (attention^T x)``
 
-so the second wins unless heads are many and narrow (`weights.absorbing`). It also leaves nothing of their size behind:
+so the second wins unless heads are many and narrow (`weights.absorbing`). It also leaves less behind:
 a usual training step keeps the normed inputs, keys, values and T attentions, and reads or writes about 6 T tensors of
 the inputs' size; here one pass over the inputs is read an iteration, forward (logits, softmax over the slots, weighted
 sums: 2 H K C) and backward (the same again, and the queries' gradient: 3), and what is kept are rows of the slots. The

@@ -134,9 +134,7 @@ def take_backward(
     d_updates, d_slots, d_from_updates, d_from_slots = gru_backward(d_middle, slots, state, weights.gru)
     d_values = split(d_updates if weights.combine is None else d_updates @ weights.combine, rules.heads)
     d_sums = by_image(torch.bmm(d_values, folded.values), len(taken.pooled)) / taken.whole
-    if (
-        rules.update == "mean"
-    ):  # which the weights divide too; eps bounds them only where no input counts, and pooled is 0
+    if rules.update == "mean":  # which the weights divide too; eps bounds it only where no input counts: pooled is 0
         d_sums[..., -1:].sub_((d_sums * taken.pooled).sum(dim=2, keepdim=True))
     return d_slots, TakenGradients(
         d_sums, d_values, d_updates, d_from_updates, d_from_slots, d_norm, d_norm_bias, d_hidden, d_next
