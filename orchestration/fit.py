@@ -29,11 +29,11 @@ from orchestration.tracking.page import Page, newest_step
 from orchestration.tracking.provenance import machines
 from orchestration.wording import counted
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 UNSCHEDULED_LIMIT = 30  # times that a worker group of a fixed size may find no room
 
 TIMES = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen this soon
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a dead worker is seen this soon
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "45",  # one that is hung or paused
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # orchestration.elastic looks for itself
 }

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 10.0
+DRAWN = 4  # times a second: each takes some of a core that may have other work
 
 _LINE = re.compile(r"\[(?P<done>\d+)/(?P<total>\d+|\?)\] (?P<text>.*)")
 
@@ -15,8 +16,9 @@ _LINE = re.compile(r"\[(?P<done>\d+)/(?P<total>\d+|\?)\] (?P<text>.*)")
 def new_progress(console: Console) -> Progress:
     """The progress bars of everything that takes long; in a log file, a line of each now and then."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    kind = Progress if console.is_terminal else _Lines
-    return kind(*columns, console=console, transient=False)
+    if console.is_terminal:
+        return Progress(*columns, console=console, refresh_per_second=DRAWN)
+    return _Lines(*columns, console=console, auto_refresh=False)
 
 
 def progress_line(done: float, total: float | None, text: str) -> str:

@@ -8,9 +8,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from orchestration.recipe import state_home
+
+SYSTEM = {"task_events_report_interval_ms": 0, "enable_metrics_collection": False, "event_stats": False}
+"""Of a Ray that is started here, for one run: nobody is there who could ask for these."""
 
 
 class NoRayError(Exception):
@@ -37,6 +42,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
         ours = os.environ.get("RAY_AUTH_MODE") == "token"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file(state_home() / "ray-token"))
+        os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")  # its agent's, of what nobody reads here
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's words for: no server on any other interface
         if "ray" in sys.modules and not ours:
             raise RuntimeError("ray was imported before slotforge could give it a token; import it afterwards")
@@ -48,7 +54,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
         if address:
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
         else:
-            with _no_dashboard():
+            with _lean():
                 ray.init(
                     address="local",
                     _node_ip_address="127.0.0.1",
@@ -57,6 +63,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                     object_store_memory=256 * 2**20,  # shards are read from files; Ray carries next to nothing
+                    _system_config=SYSTEM,
                 )
     except Exception as error:  # what Ray raises has no type of its own
         if address:
@@ -71,16 +78,21 @@ def ray_cluster(workers: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_dashboard() -> Iterator[None]:
-    """Without it Ray still starts its process, for nothing but telemetry, and waits for it: a tenth of a start."""
-    from ray._private import services
+def _lean() -> Iterator[None]:
+    """Ray without what one run on one machine has no use for: each of its processes takes its part of a core for good,
+    and of the start. No server of telemetry (Ray starts one without a dashboard too), no follower of log files, no
+    autoscaler, no metrics of Ray's own."""
+    import ray._private.parameter
+    import ray._private.services
 
-    start = services.start_api_server
-    services.start_api_server = lambda *arguments, **options: (None, None)
+    internal: Any = ray._private
+    kept = internal.services.start_api_server, internal.parameter.RayParams
+    internal.services.start_api_server = lambda *arguments, **options: (None, None)
+    internal.parameter.RayParams = partial(kept[1], include_log_monitor=False, no_monitor=True)
     try:
         yield
     finally:
-        services.start_api_server = start
+        internal.services.start_api_server, internal.parameter.RayParams = kept
 
 
 def token_file(path: Path) -> Path:

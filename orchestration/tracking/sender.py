@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from orchestration.tracking.tracker import Tracker
 
-LOOK_SECONDS = 0.5  # between looks for something to send
+LOOK_SECONDS = 2.0  # between looks for something to send
 RETRY_SECONDS = (1.0, 60.0)  # after a failure: the first pause, and the longest
 FIRST_SECONDS = 15.0  # that a run's start waits for MLflow's first answer
 CLOSE_SECONDS = 60.0  # that its end waits for the rest to be sent
