@@ -202,6 +202,7 @@ def test_what_is_switched_off_is_rays_own_still() -> None:
     """A Ray that renames or moves one of these would start it again without a word."""
     from ray.train.v2._internal import constants
     from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+    from ray.train.v2._internal.execution.worker_group import state, worker_group
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from orchestration.fit import TIMES
@@ -212,6 +213,8 @@ def test_what_is_switched_off_is_rays_own_still() -> None:
     defaults = inspect.getsource(DataParallelTrainer._create_default_callbacks)
     assert "DatasetsCallback(" in defaults
     assert "PlacementGroupCleanerCallback(" in defaults
+    assert "SynchronizationActor.options(" in inspect.getsource(worker_group.WorkerGroup)
+    assert "_shutdown_sync_actor(self.sync_actor)" in inspect.getsource(state.WorkerGroupState.shutdown)
 
 
 def test_the_controllers_process_needs_no_torch() -> None:

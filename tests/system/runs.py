@@ -128,8 +128,13 @@ def wait(condition: Callable[[], bool]) -> None:
 
 def workers(driver: "subprocess.Popen[str]") -> list[psutil.Process]:
     """The rank processes of a driver's local Ray."""
-    children = psutil.Process(driver.pid).children(recursive=True)
-    return [child for child in children if "RayTrainWorker" in " ".join(_command(child))]
+    return [process for process in _family(driver) if "RayTrainWorker" in " ".join(_command(process))]
+
+
+def actors(driver: "subprocess.Popen[str]") -> set[str]:
+    """What runs in the processes of a driver's local Ray, by the titles that Ray gives them."""
+    titles = [" ".join(_command(process)) for process in _family(driver)]
+    return {title.removeprefix("ray::").split(".")[0].strip() for title in titles if title.startswith("ray::")}
 
 
 def kill_everything(driver: "subprocess.Popen[str]") -> None:
@@ -140,6 +145,10 @@ def kill_everything(driver: "subprocess.Popen[str]") -> None:
     _, alive = psutil.wait_procs(family, timeout=20)
     for process in alive:
         process.kill()
+
+
+def _family(driver: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return psutil.Process(driver.pid).children(recursive=True)
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from runs import RECIPE, Run, kill_everything, wait, workers
+from runs import RECIPE, Run, actors, kill_everything, wait, workers
 
 from orchestration.runs.folder import RunFolder
 from orchestration.runs.lease import Lease
@@ -21,6 +21,8 @@ def test_kills_interrupts_and_a_torn_checkpoint_leave_no_trace_in_the_curve(twin
     run.wait_for_step(60, driver)
     victims = workers(driver)
     assert len(victims) == 2
+    rays = {"DashboardAgent", "RuntimeEnvAgent", "IDLE"}
+    assert actors(driver) - rays == {"Mailbox", "TrainController", "RayTrainWorker"}, "each takes half a percent"
     victims[1].kill()
     at_kill = run.newest_step()
     run.wait_for_step(at_kill + 30, driver)
