@@ -97,7 +97,7 @@ def _trainer(
 ) -> Trainer:
     gpu, threads, workers = use_gpu(recipe), cpus_per_worker(recipe), recipe.parallel.workers
     elastic = workers.min < workers.max
-    for name, seconds in {**TIMES, GROUP_START_SECONDS: "10" if elastic else "60"}.items():
+    for name, seconds in {**TIMES, GROUP_START_SECONDS: "5" if elastic else "60"}.items():
         os.environ.setdefault(name, seconds)  # Ray Train hands them on to its controller
     return Trainer(
         train_rank,
