@@ -97,8 +97,8 @@ def test_at_one_size_the_curve_is_the_twins_bit_for_bit(twin: tuple[Run, str], t
 
 
 def test_nodes_come_and_go(home: Path, tmp_path: Path) -> None:
-    # At the recipe's learning rate two runs that differ in the order of their sums alone are 3 to 31 % apart after
-    # 2500 steps, as far as two of other samples; at this one 0.4 % at most, and 0.01 % at half of the points.
+    # Two runs that differ in the order of their sums alone are 3 to 31 % apart (median) at the recipe's learning rate,
+    # as far as other samples are; at this one 0.01 %, 0.4 % at most, while a batch of other samples is 9 % away.
     ledger, long = tmp_path / "ledger", ("train.steps=2500", "evaluate.every=2500", "train.learning_rate=5e-5")
     undisturbed = Run(home, "calm", long)
     code, output = undisturbed.finish(undisturbed.start())
@@ -141,7 +141,7 @@ def test_nodes_come_and_go(home: Path, tmp_path: Path) -> None:
     ours, theirs = run.curves(), undisturbed.curves()
     away = [abs(a - b) / b for (_, a), (_, b) in zip(ours["loss/total"], theirs["loss/total"], strict=True)]
     assert away[0] < 1e-5, away[:6]
-    assert statistics.median(away) < 1e-3, away
+    assert statistics.median(away) < 5e-3, away
     assert max(away) < 0.05, away
     read_as_planned(run, ledger)
 
