@@ -97,8 +97,8 @@ def test_at_one_size_the_curve_is_the_twins_bit_for_bit(twin: tuple[Run, str], t
 
 
 def test_nodes_come_and_go(home: Path, tmp_path: Path) -> None:
-    # Two runs that differ in the order of their sums alone are 3 to 31 % apart (median) at the recipe's learning rate,
-    # as far as other samples are; at this one 0.01 %, 0.4 % at most, while a batch of other samples is 9 % away.
+    # Two runs that differ in the order of their sums alone are 3 to 31 % apart (median) at the recipe's learning rate;
+    # at this one 0.01 %, 0.4 % at most, while the loss of another batch is 9 % away (median).
     ledger, long = tmp_path / "ledger", ("train.steps=2500", "evaluate.every=2500", "train.learning_rate=5e-5")
     undisturbed = Run(home, "calm", long)
     code, output = undisturbed.finish(undisturbed.start())
