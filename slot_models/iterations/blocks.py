@@ -1,124 +1,141 @@
 """Passes over the inputs in plain torch, a block of inputs at a time. See passes for what each one is.
 
 A block is small enough that it and what is made of it stay in a common last-level cache, so that each pass reads the
-inputs from memory once, and large enough that the work outweighs the calls. The normed inputs are never formed: with
-``normed = (inputs - mean) * rstd`` and a row r that is centred over the channels,
-
-    r . normed = rstd * (r . inputs)
-    sum w normed = sum (w * rstd) inputs, but for a multiple of the vector of ones, which no centred row sees
+inputs from memory once, and large enough that the work outweighs the calls. The inputs are normed once: a processor
+reads them faster than it makes them again.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from slot_models.iterations.weights import Weights
 from slot_models.precision import at_least_float
 
 BLOCK_BYTES = 2**23  # for each thread, so that they have images of their own
 
 
-def statistics(inputs: Tensor, norm_eps: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, count, width = inputs.shape
-    one = torch.ones(width, dtype=_dtype(inputs), device=inputs.device)
-    found = []
-    for (x,) in _blocks(2 * width, [inputs.mT], []):
-        # torch takes twice as long without an affine part; what is normed here is thrown away.
-        _, mean, rstd = torch.native_layer_norm(at_least_float(x.mT), [width], one, one, norm_eps)
-        found.append((mean.view(-1), rstd.view(-1)))
-    mean, rstd = (torch.cat(parts).view(batch, count) for parts in zip(*found, strict=True))
-    return mean, rstd if mask is None else rstd.mul_(mask)
+def normalise(inputs: Tensor, weights: Weights, norm_eps: float, constant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed inputs [B, C, N], or with one more channel that is always 1; mean and 1 / deviation [B, N]."""
+    norm = weights.norm_inputs, weights.norm_inputs_bias
+    normed, mean, rstd = torch.native_layer_norm(at_least_float(inputs), inputs.shape[2:], *norm, norm_eps)
+    if constant:
+        normed = torch.cat([normed, normed.new_ones(*normed.shape[:2], 1)], dim=2)
+    return normed.mT, mean.squeeze(2), rstd.squeeze(2)
 
 
-def pool(
-    inputs: Tensor, rstd: Tensor, rows: Tensor, mask: Tensor | None, groups: int, added: float
-) -> tuple[Tensor, Tensor]:
-    (batch, count, width), number = inputs.shape, rows.shape[1]
-    pooled, total = (torch.zeros_like(part) for part in _apart(rows))
+def pool(normed: Tensor, rows: Tensor, mask: Tensor | None, groups: int, added: float) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, width, count), number = normed.shape, rows.shape[1]
+    sums, total = torch.zeros_like(rows), rows.new_zeros(batch, number, 1)
     attention = rows.new_empty(batch, number, count)
-    masks = [] if mask is None else [mask[:, None]]
-    for x, scale, won, *real, queries, bias, pooled_here, total_here in _blocks(
-        width + 3 * number, [inputs.mT, rstd[:, None], attention, *masks], [*_apart(rows), pooled, total]
+    for x, won, real, rows_here, sums_here, total_here in _blocks(
+        width + 3 * number, [normed, attention, _row(mask)], [rows, sums, total]
     ):
-        x = at_least_float(x)  # [b, C, n]
-        logits = torch.addcmul(bias, torch.bmm(queries, x), scale)  # [b, R, n]
-        torch.softmax(_grouped(logits, groups), dim=2, out=_grouped(won, groups))
-        if mask is not None:
-            won.mul_(*real)
-        total_here.add_(won.sum(dim=2, keepdim=True))
-        pooled_here.baddbmm_((won + added).mul_(scale), x.mT)
-    if added:
-        counted = count if mask is None else mask.sum(dim=1).to(total)[:, None, None]
-        total.add_(counted * added)
-    return torch.cat([pooled, total], dim=2), attention
+        logits = torch.bmm(rows_here, x)  # [b, R, n]
+        torch.softmax(_grouped(logits, groups), dim=-2, out=_grouped(won, groups))
+        if real is not None:
+            won.mul_(real)
+        weights = won + added if real is None else (won + added).mul_(real)
+        total_here.add_(weights.sum(dim=2, keepdim=True))
+        sums_here.baddbmm_(weights, x.mT)
+    return sums, total, attention
 
 
 def pool_backward(
-    inputs: Tensor, rstd: Tensor, d_sums: Tensor, attention: Tensor, groups: int
+    normed: Tensor, d_sums: Tensor, d_total: Tensor | None, attention: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
-    width, number = inputs.shape[2], d_sums.shape[1]
-    d_queries, d_bias = (torch.zeros_like(part) for part in _apart(d_sums))
-    d_logits = torch.empty_like(attention)
-    for x, scale, won, d_here, factors, constant, d_queries_here, d_bias_here in _blocks(
-        width + 4 * number, [inputs.mT, rstd[:, None], attention, d_logits], [*_apart(d_sums), d_queries, d_bias]
+    width, number = normed.shape[1], d_sums.shape[1]
+    d_rows, d_logits = torch.zeros_like(d_sums), torch.empty_like(attention)
+    for x, won, d_here, d_sums_here, d_total_here, d_rows_here in _blocks(
+        width + 4 * number, [normed, attention, d_logits], [d_sums, d_total, d_rows]
     ):
-        x = at_least_float(x)  # [b, C, n]
-        d_won = torch.addcmul(constant, torch.bmm(factors, x), scale)  # [b, R, n]
-        products = _grouped(d_won.mul_(won), groups)
-        whole = products.sum(dim=2, keepdim=True)
-        torch.addcmul(products, _grouped(won, groups), whole, value=-1, out=_grouped(d_here, groups))
-        d_bias_here.add_(d_here.sum(dim=2, keepdim=True))
-        d_queries_here.baddbmm_(d_here * scale, x.mT)
-    return torch.cat([d_queries, d_bias], dim=2), d_logits
+        d_won = torch.bmm(d_sums_here, x)  # [b, R, n]
+        if d_total_here is not None:
+            d_won.add_(d_total_here)
+        products, won, into = (_grouped(each, groups) for each in (d_won.mul_(won), won, d_here))
+        torch.addcmul(products, won, products.sum(dim=-2, keepdim=True), value=-1, out=into)
+        d_rows_here.baddbmm_(d_here, x.mT)
+    return d_rows, d_logits
 
 
 def inputs_backward(
     inputs: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    mask: Tensor | None,
+    weights: Weights,
     rows: Sequence[Tensor],
     d_sums: Sequence[Tensor],
     attention: Sequence[Tensor],
     d_logits: Sequence[Tensor],
     added: float,
-) -> Tensor:
-    width, passes = inputs.shape[2], len(attention)
-    factors, _ = _apart(torch.cat([*d_sums, *rows], dim=1))  # [B, 2TR, C]
-    d_inputs = torch.empty_like(inputs)
-    for x, d_x, middle, scale, *parts, factors_here in _blocks(
-        3 * width + 2 * factors.shape[1],
-        [inputs.mT, d_inputs.mT, mean[:, None], rstd[:, None], *attention, *d_logits],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the inputs, and of the weight and the bias of their LayerNorm."""
+    width, of_sums = inputs.shape[2], sum(each.shape[1] for each in d_sums)
+    factors = torch.cat([*d_sums, *rows], dim=1)[..., :width]  # [B, 2TR, C]
+    norm = weights.norm_inputs, weights.norm_inputs_bias
+    d_norm, d_norm_bias = (torch.zeros_like(each) for each in norm)
+    values = 3 * width + 2 * factors.shape[1]
+    d_inputs = None if _is_one_block(values, inputs.mT) else torch.empty_like(inputs)
+    for x, d_x, middle, scale, real, *parts, factors_here in _blocks(
+        values,
+        [
+            inputs.mT,
+            d_inputs if d_inputs is None else d_inputs.mT,
+            _row(mean),
+            _row(rstd),
+            _row(mask),
+            *attention,
+            *d_logits,
+        ],
         [factors],
     ):
-        weights = torch.cat(parts, dim=1)  # [b, 2TR, n]
-        if added:
-            weights[:, : passes * rows[0].shape[1]].add_(added)
-        d_normed = torch.bmm(weights.mT, factors_here)  # [b, n, C]
-        del weights  # the most memory of a step is held here
-        d_here: Tensor = torch.ops.aten.native_layer_norm_backward(
-            d_normed, at_least_float(x.mT), [width], middle.mT, scale.mT, None, None, [True, False, False]
-        )[0]
-        if d_here.shape == inputs.shape:  # all in one block
-            return d_here.to(inputs.dtype)
-        d_x.copy_(d_here.mT)
-    return d_inputs
+        wide = torch.cat(parts, dim=1)  # [b, 2TR, n]
+        wide[:, :of_sums].add_(added)
+        d_normed = torch.bmm(wide.mT, factors_here)  # [b, n, C]
+        del wide  # the most memory of a step is held here
+        if real is not None:
+            d_normed.mul_(real.mT)
+        d_here, *d_norm_here = torch.ops.aten.native_layer_norm_backward(
+            d_normed, at_least_float(x.mT), [width], middle.mT, scale.mT, *norm, [True, True, True]
+        )
+        d_norm.add_(d_norm_here[0])
+        d_norm_bias.add_(d_norm_here[1])
+        if d_x is None:
+            d_inputs = d_here.to(inputs.dtype)
+        else:
+            d_x.copy_(d_here.mT)
+    assert d_inputs is not None
+    return d_inputs, d_norm, d_norm_bias
 
 
-def _blocks(values: int, of_inputs: Sequence[Tensor], of_images: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def _blocks(values: int, of_inputs: Sequence[Tensor | None], of_images: Sequence[Tensor | None]) -> Iterator[Any]:
     """The parts of tensors [B, *, N] and [B, *, *] that are of a block: some images whole, or a part of one.
 
-    From each input `values` are made.
+    From each input `values` are made. The first tensor is there.
     """
-    batch, _, count = of_inputs[0].shape
-    tokens = max(1, torch.get_num_threads() * BLOCK_BYTES // (values * _dtype(of_inputs[0]).itemsize))
-    if batch * count <= tokens or of_inputs[0].device.type != "cpu":
+    first = of_inputs[0]
+    assert first is not None
+    if _is_one_block(values, first):
         yield (*of_inputs, *of_images)
         return
+    batch, _, count = first.shape
+    tokens = _tokens(values, first)
     images, part = _evenly(batch, max(1, tokens // count)), _evenly(count, tokens)
-    for some in zip(*(torch.split(tensor, images) for tensor in (*of_inputs, *of_images)), strict=True):
+    for some in zip(*(_split(tensor, images, 0, batch) for tensor in (*of_inputs, *of_images)), strict=True):
         inputs, rest = some[: len(of_inputs)], some[len(of_inputs) :]
-        for block in zip(*(torch.split(tensor, part, dim=2) for tensor in inputs), strict=True):
+        for block in zip(*(_split(tensor, part, 2, count) for tensor in inputs), strict=True):
             yield (*block, *rest)
+
+
+def _is_one_block(values: int, inputs: Tensor) -> bool:
+    return inputs.shape[0] * inputs.shape[2] <= _tokens(values, inputs) or inputs.device.type != "cpu"
+
+
+def _tokens(values: int, inputs: Tensor) -> int:
+    return max(1, torch.get_num_threads() * BLOCK_BYTES // (values * max(4, inputs.element_size())))
 
 
 def _evenly(whole: int, most: int) -> int:
@@ -127,15 +144,18 @@ def _evenly(whole: int, most: int) -> int:
     return -(-whole // parts)
 
 
-def _apart(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers [B, R, C] for the channels of an input, and the last ones [B, R, 1]."""
-    return rows[..., :-1], rows[..., -1:]
+def _split(tensor: Tensor | None, size: int, dim: int, whole: int) -> Sequence[Tensor | None]:
+    return [None] * -(-whole // size) if tensor is None else torch.split(tensor, size, dim=dim)
 
 
-def _dtype(inputs: Tensor) -> torch.dtype:
-    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
+def _row(of_inputs: Tensor | None) -> Tensor | None:
+    """[B, N] -> [B, 1, N]."""
+    return None if of_inputs is None else of_inputs[:, None]
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:
+    """[b, R, n] -> [b, groups, K, n], or as it is if all compete."""
+    if groups == 1:
+        return rows
     batch, count, inputs = rows.shape
     return rows.view(batch, groups, count // groups, inputs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slot_models.iterations import passes, plain
+from slot_models.iterations.folding import Folded, fold, fold_backward
 from slot_models.iterations.halves import (
     Asked,
     AskedGradients,
@@ -20,8 +21,8 @@ from slot_models.iterations.halves import (
     take_backward,
 )
 from slot_models.iterations.passes import Reading
-from slot_models.iterations.rows import joined, summed, summed_products
-from slot_models.iterations.weights import Folded, Rules, Weights, fold, fold_backward
+from slot_models.iterations.rows import joined, summed
+from slot_models.iterations.weights import Rules, Weights
 from slot_models.precision import full_precision
 
 Kept = list[tuple[Asked, Tensor | None, Taken]]  # of each iteration, what the derivative needs; see passes.pool
@@ -52,8 +53,9 @@ def refine(
         if torch.is_grad_enabled():
             result: Tensor = _Refine.apply(inputs, slots, input_mask, slot_mask, rules, *weights)  # type: ignore[no-untyped-call]
             return result
-        reading = passes.read(inputs, rules, input_mask)
-        return _forward(reading, slots, slot_mask, weights, fold(weights, rules), rules, keep=False)[0]
+        reading = passes.read(inputs, weights, rules, input_mask, slot_mask)
+        folded = fold(weights, rules, reading.affine, reading.constant)
+        return _forward(reading, slots, slot_mask, weights, folded, rules, keep=False)[0]
 
 
 class _Refine(torch.autograd.Function):
@@ -68,7 +70,8 @@ class _Refine(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> Tensor:
         weights = Weights(*parameters)  # type: ignore[arg-type]
-        reading, folded = passes.read(inputs, rules, input_mask), fold(weights, rules)
+        reading = passes.read(inputs, weights, rules, input_mask, slot_mask)
+        folded = fold(weights, rules, reading.affine, reading.constant)
         result, kept = _forward(reading, slots, slot_mask, weights, folded, rules, keep=True)
         iterations = (tensor for asked, attention, taken in kept for tensor in (*asked, attention, *taken))
         ctx.save_for_backward(*reading, slots, slot_mask, *weights, *folded, *iterations)
@@ -89,9 +92,10 @@ class _Refine(torch.autograd.Function):
         with full_precision(d_result):
             if torch.is_grad_enabled():  # a second derivative will be asked for
                 return _differentiable(d_result, ctx.needs_input_grad, reading, slots, slot_mask, weights, rules)
-            to_inputs = ctx.needs_input_grad[0]
-            d_inputs, d_slots, found = _backward(d_result, reading, slot_mask, weights, folded, rules, kept, to_inputs)
-            d_weights = _weight_gradients(kept, found, weights, rules)
+            to_inputs = any(ctx.needs_input_grad[:1] + ctx.needs_input_grad[5:7])  # or to their LayerNorm
+            d_slots, found = _backward(d_result, reading, slot_mask, weights, folded, rules, kept)
+            d_inputs, d_norm = _inputs_gradients(reading, kept, found, weights, rules) if to_inputs else (None, {})
+            d_weights = _weight_gradients(reading, kept, found, d_norm, weights, rules)
         return d_inputs, d_slots, None, None, None, *d_weights
 
 
@@ -110,8 +114,8 @@ def _forward(
     slots = slots.flatten(0, 1)  # [R, D]
     for _ in range(rules.iterations):
         asked = ask(slots, shape[0], masked, weights, folded, rules)
-        sums, attention = passes.pool(reading, asked.rows, rules)
-        slots, taken = take(sums, count, slots, weights, folded, rules)
+        sums, total, attention = passes.pool(reading, asked.rows, rules)
+        slots, taken = take(sums, total, count, slots, weights, folded, rules)
         if keep:
             kept.append((asked, attention, taken))
     return slots.view(shape), kept
@@ -125,44 +129,47 @@ def _backward(
     folded: Folded,
     rules: Rules,
     kept: Kept,
-    to_inputs: bool,
-) -> tuple[Tensor | None, Tensor, Found]:
-    """Gradients of the inputs, the slots, and of what stands between them in each iteration."""
+) -> tuple[Tensor, Found]:
+    """Gradients of the slots, and of what stands between them and the inputs in each iteration."""
     masked = _masked(slot_mask, rules)
     d_slots = d_result.flatten(0, 1)
     found: Found = []
     for asked, attention, taken in reversed(kept):
         d_slots, d_taken = take_backward(d_slots, taken, asked.slots, weights, folded, rules)
-        d_rows, d_logits = passes.pool_backward(reading, asked.rows, d_taken.sums, attention, rules)
+        d_rows, d_logits = passes.pool_backward(reading, asked.rows, d_taken.sums, d_taken.total, attention, rules)
         d_slots, d_asked = ask_backward(d_rows, d_slots, asked, masked, weights, folded, rules)
         found.insert(0, (d_asked, d_logits, d_taken))
-    if not to_inputs:
-        return None, d_slots.view_as(d_result), found
+    return d_slots.view_as(d_result), found
+
+
+def _inputs_gradients(
+    reading: Reading, kept: Kept, found: Found, weights: Weights, rules: Rules
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the inputs, and of their LayerNorm where it is not in the folded matrices."""
     all_asked, attentions, _ = zip(*kept, strict=True)
     _, d_attentions, all_taken = zip(*found, strict=True)
     rows, d_sums = [asked.rows for asked in all_asked], [taken.sums for taken in all_taken]
-    d_inputs = passes.inputs_backward(reading, rows, d_sums, attentions, d_attentions, rules)
-    return d_inputs, d_slots.view_as(d_result), found
+    return passes.inputs_backward(reading, rows, d_sums, attentions, d_attentions, weights, rules)
 
 
-def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) -> tuple[Tensor | None, ...]:
+def _weight_gradients(
+    reading: Reading, kept: Kept, found: Found, d_norm: dict[str, Tensor], weights: Weights, rules: Rules
+) -> tuple[Tensor | None, ...]:
     """In the order of Weights, of the rows of all iterations."""
     asked, _, taken = zip(*kept, strict=True)
     d_asked, _, d_taken = zip(*found, strict=True)
-    pooled = [by_head(each.pooled, rules.heads) for each in taken]  # [H, R, C + 1]
-    result = fold_backward(
-        Folded(
-            torch.bmm(joined([a.queries for a in asked], 1).mT, joined([d.rows for d in d_asked], 1)),
-            torch.bmm(joined([d.values for d in d_taken], 1).mT, joined(pooled, 1)),
-        ),
-        weights,
-        rules,
+    pooled = [by_head(each.pooled, rules.heads) for each in taken]  # [H, R, W]
+    d_folded = Folded(
+        torch.bmm(joined([a.queries for a in asked], 1).mT, joined([d.rows for d in d_asked], 1)),
+        torch.bmm(joined([d.values for d in d_taken], 1).mT, joined(pooled, 1)),
     )
+    result = d_norm | fold_backward(d_folded, weights, rules, reading.affine, reading.constant)
 
     def of_linear(name: str, bias: str, gradients: list[Tensor], rows: list[Tensor]) -> None:
-        result[name] = summed_products(gradients, rows)
+        gradient = joined(gradients)
+        result[name] = torch.mm(gradient.T, joined(rows))
         if getattr(weights, bias) is not None:
-            result[bias] = summed(gradients).sum(dim=0)
+            result[bias] = gradient.sum(dim=0)
 
     of_linear("to_query", "query_bias", [d.queries for d in d_asked], [a.normed for a in asked])
     if weights.combine is not None:
@@ -175,7 +182,7 @@ def _weight_gradients(kept: Kept, found: Found, weights: Weights, rules: Rules) 
         result[name] = summed([d.norm for d in gradients])
         result[f"{name}_bias"] = summed([d.norm_bias for d in gradients])
     return tuple(
-        None if weight is None else result[name] for name, weight in zip(Weights._fields, weights, strict=True)
+        None if weight is None else result.get(name) for name, weight in zip(Weights._fields, weights, strict=True)
     )
 
 

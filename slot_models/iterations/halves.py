@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slot_models.iterations.folding import Folded
 from slot_models.iterations.rows import (
     GRUState,
     Normed,
@@ -19,7 +20,7 @@ from slot_models.iterations.rows import (
     normalise,
     normalise_backward,
 )
-from slot_models.iterations.weights import Folded, Rules, Weights
+from slot_models.iterations.weights import Rules, Weights
 
 
 class Asked(NamedTuple):
@@ -30,13 +31,13 @@ class Asked(NamedTuple):
     mean: Tensor
     rstd: Tensor
     queries: Tensor  # [H, R, d]
-    rows: Tensor  # [B, H K, C + 1], queries for the inputs themselves
+    rows: Tensor  # [B, H K, W], queries for the inputs themselves
 
 
 class Taken(NamedTuple):
     """What they get, and become."""
 
-    pooled: Tensor  # [B, H K, C + 1]
+    pooled: Tensor  # [B, H K, W]
     whole: Tensor  # [B or 1, H K or 1, 1], what the weighted sums were divided by
     values: Tensor  # [R, H d]
     updates: Tensor  # [R, D], or the values without a projection of the heads
@@ -51,14 +52,15 @@ class Taken(NamedTuple):
 
 
 class AskedGradients(NamedTuple):
-    rows: Tensor  # [H, R, C + 1]
+    rows: Tensor  # [H, R, W]
     queries: Tensor  # [R, H d]
     norm: Tensor  # [D], of the LayerNorm's weight and bias
     norm_bias: Tensor
 
 
 class TakenGradients(NamedTuple):
-    sums: Tensor  # [B, H K, C + 1]
+    sums: Tensor  # [B, H K, W]
+    total: Tensor | None  # [B, H K, 1]
     values: Tensor  # [H, R, d]
     updates: Tensor
     from_updates: Tensor  # [R, 3D]
@@ -94,7 +96,7 @@ def ask_backward(
         d_rows = d_rows.masked_fill(masked, 0.0)
     d_rows = by_head(d_rows, rules.heads)
     d_queries = merge(torch.bmm(d_rows, folded.keys.mT))
-    d_normed = d_queries @ weights.to_query
+    d_normed = torch.mm(d_queries, weights.to_query)
     normed = Normed(asked.normed, asked.mean, asked.rstd)
     through, d_norm, d_norm_bias = normalise_backward(
         d_normed, asked.slots, normed, weights.norm_slots, weights.norm_slots_bias
@@ -103,13 +105,19 @@ def ask_backward(
 
 
 def take(
-    sums: Tensor, count: Tensor | None, slots: Tensor, weights: Weights, folded: Folded, rules: Rules
+    sums: Tensor,
+    total: Tensor,
+    count: Tensor | None,
+    slots: Tensor,
+    weights: Weights,
+    folded: Folded,
+    rules: Rules,
 ) -> tuple[Tensor, Taken]:
-    """The next slots [R, D], from weighted sums of inputs [B, H K, C + 1].
+    """The next slots [R, D], from weighted sums of inputs [B, H K, W] and the sums of their weights [B, H K, 1].
 
     Count [B or 1, 1, 1] is the number of inputs where the update is a sum, and nothing where it is a mean.
     """
-    whole = sums[..., -1:].clamp(min=rules.eps) if count is None else count  # a mean of no inputs at all is zero
+    whole = total.clamp(min=rules.eps) if count is None else count  # a mean of no inputs at all is zero
     pooled = sums / whole
     values = updates = merge(torch.bmm(by_head(pooled, rules.heads), folded.values.mT))
     if weights.combine is not None:
@@ -133,11 +141,12 @@ def take_backward(
     state = GRUState(taken.gates, taken.from_hidden, taken.new)
     d_updates, d_slots, d_from_updates, d_from_slots = gru_backward(d_middle, slots, state, weights.gru)
     d_values = split(d_updates if weights.combine is None else d_updates @ weights.combine, rules.heads)
-    d_sums = by_image(torch.bmm(d_values, folded.values), len(taken.pooled)) / taken.whole
+    d_sums = by_image(torch.bmm(d_values, folded.values), taken.pooled.shape[0]) / taken.whole
+    d_total = None
     if rules.update == "mean":  # which the weights divide too; eps bounds it only where no input counts: pooled is 0
-        d_sums[..., -1:].sub_((d_sums * taken.pooled).sum(dim=2, keepdim=True))
+        d_total = (d_sums * taken.pooled).sum(dim=2, keepdim=True).neg_()
     return d_slots, TakenGradients(
-        d_sums, d_values, d_updates, d_from_updates, d_from_slots, d_norm, d_norm_bias, d_hidden, d_next
+        d_sums, d_total, d_values, d_updates, d_from_updates, d_from_slots, d_norm, d_norm_bias, d_hidden, d_next
     )
 
 
@@ -146,12 +155,12 @@ def take_backward(
 
 def split(rows: Tensor, heads: int) -> Tensor:
     """[R, H d] -> [H, R, d]."""
-    return rows[None] if heads == 1 else rows.view(len(rows), heads, -1).transpose(0, 1)
+    return rows[None] if heads == 1 else rows.view(rows.shape[0], heads, -1).transpose(0, 1)
 
 
 def merge(rows: Tensor) -> Tensor:
     """[H, R, d] -> [R, H d]."""
-    return rows[0] if len(rows) == 1 else rows.transpose(0, 1).flatten(1)
+    return rows[0] if rows.shape[0] == 1 else rows.transpose(0, 1).flatten(1)
 
 
 def by_image(rows: Tensor, batch: int) -> Tensor:

@@ -1,8 +1,9 @@
 """The passes over the inputs, each by whichever implementation fits: blocks in plain torch, or kernels in Triton.
 
-What the slots ask and get are rows [B, R, C + 1], R = H x K: to them the normed inputs [B, N, C] have one more channel,
-always 1, so the last number of a query is added to its logits, and that of a weighted sum is the sum of the weights.
-The first C numbers of a query are centred over the channels, and those of a sum are known but for a multiple of ones.
+What the slots ask and get are rows [B, R, W], R = H x K, one number for each channel of the inputs as the slots see
+them: the C normed ones, and one more that is always 1 where something needs it. A number in the last channel of a query
+is added to its logits, and that of a weighted sum is the sum of the weights. In Triton a pass norms what it reads, and
+has that channel at no cost; in plain torch both are made once.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,20 @@ class Reading(NamedTuple):
     """Inputs, and what normalises them."""
 
     inputs: Tensor  # [B, N, C]
+    normed: Tensor | None  # [B, W, N], unless a pass makes them itself: without the LayerNorm's affine part
     mean: Tensor  # [B, N]
-    rstd: Tensor  # [B, N], 0 where masked
+    rstd: Tensor  # [B, N]; in Triton 0 where masked
     mask: Tensor | None  # bool [B, N]
+
+    @property
+    def affine(self) -> bool:
+        """Whether the LayerNorm's affine part is left to the keys and values."""
+        return self.normed is None
+
+    @property
+    def constant(self) -> bool:
+        """Whether there is a channel that is always 1."""
+        return self.normed is None or self.normed.shape[1] > self.inputs.shape[2]
 
 
 def fit(inputs: Tensor, slots: Tensor, rules: Rules, weights: Weights) -> bool:
@@ -44,35 +56,41 @@ def in_triton(inputs: Tensor) -> bool:
     return inputs.is_cuda
 
 
-def read(inputs: Tensor, rules: Rules, mask: Tensor | None) -> Reading:
+def read(inputs: Tensor, weights: Weights, rules: Rules, mask: Tensor | None, slot_mask: Tensor | None) -> Reading:
     inputs = inputs.contiguous()
-    implementation = _triton() if in_triton(inputs) else blocks
-    mean, rstd = implementation.statistics(inputs, rules.norm_eps, mask)
-    return Reading(inputs, mean, rstd, mask)
+    if in_triton(inputs):
+        mean, rstd = _triton().statistics(inputs, rules.norm_eps, mask)
+        return Reading(inputs, None, mean, rstd, mask)
+    constant = any(each is not None for each in (weights.key_bias, weights.value_bias, slot_mask))
+    return Reading(inputs, *blocks.normalise(inputs, weights, rules.norm_eps, constant), mask)
 
 
-def pool(reading: Reading, rows: Tensor, rules: Rules) -> tuple[Tensor, Tensor | None]:
-    """Slots compete and pool what they win: sums [B, R, C + 1] of the normed inputs, and the attention.
+def pool(reading: Reading, rows: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Slots compete and pool what they win: sums [B, R, W], the sums of their weights [B, R, 1], and the attention.
 
     The weights are the softmax of the logits over the rows of a group, plus what the rules add; 0 for a masked input.
     The softmax is kept for the derivative, [B, R, N], where that is cheaper than to make it again.
     """
-    if in_triton(reading.inputs):
-        return _triton().pool(*reading[:3], rows.contiguous(), rules.groups, rules.added, rules.half), None
-    return blocks.pool(reading.inputs, reading.rstd, rows, reading.mask, rules.groups, rules.added)
+    if reading.normed is None:
+        known = reading.inputs, reading.mean, reading.rstd
+        sums = _triton().pool(*known, rows.contiguous(), rules.groups, rules.added, rules.half)
+        return sums, sums[..., -1:], None
+    return blocks.pool(reading.normed, rows, reading.mask, rules.groups, rules.added)
 
 
 def pool_backward(
-    reading: Reading, rows: Tensor, d_sums: Tensor, attention: Tensor | None, rules: Rules
+    reading: Reading, rows: Tensor, d_sums: Tensor, d_total: Tensor | None, attention: Tensor | None, rules: Rules
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the rows, from that of the sums; its first C numbers are known but for a multiple of ones.
+    """The gradient of the rows, from those of the sums and of the sums of their weights.
 
-    And that of the logits, where the attention was kept.
+    And that of the logits, where the attention was kept; where it was not, that of the total is added to the sums'.
     """
-    if attention is None:
-        rows, d_sums = rows.contiguous(), d_sums.contiguous()
-        return _triton().pool_backward(*reading[:3], rows, d_sums, rules.groups, rules.half), None
-    return blocks.pool_backward(reading.inputs, reading.rstd, d_sums, attention, rules.groups)
+    if attention is None or reading.normed is None:
+        if d_total is not None:
+            d_sums[..., -1:].add_(d_total)
+        known = reading.inputs, reading.mean, reading.rstd
+        return _triton().pool_backward(*known, rows.contiguous(), d_sums.contiguous(), rules.groups, rules.half), None
+    return blocks.pool_backward(reading.normed, d_sums, d_total, attention, rules.groups)
 
 
 def inputs_backward(
@@ -81,21 +99,22 @@ def inputs_backward(
     d_sums: Sequence[Tensor],
     attention: Sequence[Tensor | None],
     d_logits: Sequence[Tensor | None],
+    weights: Weights,
     rules: Rules,
-) -> Tensor:
-    """The gradient of the inputs before their LayerNorm through all passes, in their order."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradient of the inputs before their LayerNorm through all passes, in their order.
+
+    And those of the LayerNorm's weight and bias, by their names in Weights, unless the keys and values have them.
+    """
+    known = reading.inputs, reading.mean, reading.rstd
+    if reading.affine:
+        all_rows, all_d_sums = torch.stack(list(rows), 1), torch.stack(list(d_sums), 1)
+        return _triton().inputs_backward(*known, all_rows, all_d_sums, rules.groups, rules.added, rules.half), {}
     kept, d_kept = ([each for each in parts if each is not None] for parts in (attention, d_logits))
-    if not kept:
-        d_inputs: Tensor = _triton().inputs_backward(
-            *reading[:3],
-            torch.stack(list(rows), 1),
-            torch.stack(list(d_sums), 1),
-            rules.groups,
-            rules.added,
-            rules.half,
-        )
-        return d_inputs
-    return blocks.inputs_backward(*reading[:3], rows, d_sums, kept, d_kept, rules.added)
+    d_inputs, d_weight, d_bias = blocks.inputs_backward(
+        *known, reading.mask, weights, rows, d_sums, kept, d_kept, rules.added
+    )
+    return d_inputs, {"norm_inputs": d_weight, "norm_inputs_bias": d_bias}
 
 
 def _triton() -> ModuleType:

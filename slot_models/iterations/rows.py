@@ -57,10 +57,11 @@ def gru(updates: Tensor, slots: Tensor, weights: GRUWeights) -> tuple[Tensor, GR
     dim = slots.shape[1]
     from_updates = functional.linear(updates, weights.inputs, weights.inputs_bias)  # [R, 3D]
     from_slots = functional.linear(slots, weights.hidden, weights.hidden_bias)
-    gates = (from_updates[:, : 2 * dim] + from_slots[:, : 2 * dim]).sigmoid_()
-    reset, keep = gates.chunk(2, dim=1)
-    from_hidden = from_slots[:, 2 * dim :]
-    new = torch.addcmul(from_updates[:, 2 * dim :], reset, from_hidden).tanh_()
+    gates_from_updates, from_inputs = from_updates.split_with_sizes([2 * dim, dim], dim=1)
+    gates_from_slots, from_hidden = from_slots.split_with_sizes([2 * dim, dim], dim=1)
+    gates = (gates_from_updates + gates_from_slots).sigmoid_()
+    reset, keep = gates.split_with_sizes([dim, dim], dim=1)
+    new = torch.addcmul(from_inputs, reset, from_hidden).tanh_()
     return torch.lerp(new, slots, keep), GRUState(gates, from_hidden, new)
 
 
@@ -68,7 +69,8 @@ def gru_backward(
     d_next: Tensor, slots: Tensor, state: GRUState, weights: GRUWeights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the updates, the slots, and of what the two linear layers gave [R, 3D]."""
-    reset, keep = state.gates.chunk(2, dim=1)
+    dim = slots.shape[1]
+    reset, keep = state.gates.split_with_sizes([dim, dim], dim=1)
     d_slots = d_next * keep
     d_new = _tanh_backward(d_next - d_slots, state.new)
     d_gates = torch.cat([d_new * state.from_hidden, d_next * (slots - state.new)], dim=1)
@@ -76,7 +78,7 @@ def gru_backward(
     d_from_updates = torch.cat([d_gates, d_new], dim=1)
     d_from_slots = torch.cat([d_gates, d_new * reset], dim=1)
     d_slots.addmm_(d_from_slots, weights.hidden)
-    return d_from_updates @ weights.inputs, d_slots, d_from_updates, d_from_slots
+    return torch.mm(d_from_updates, weights.inputs), d_slots, d_from_updates, d_from_slots
 
 
 class MLPWeights(NamedTuple):
@@ -94,8 +96,8 @@ def mlp(rows: Tensor, weights: MLPWeights) -> tuple[Tensor, Tensor]:
 
 def mlp_backward(d_out: Tensor, hidden: Tensor, weights: MLPWeights) -> tuple[Tensor, Tensor]:
     """Gradients of the rows, and of what the hidden layer gave before its ReLU."""
-    d_hidden = _threshold_backward(d_out @ weights.out, hidden, 0)
-    return d_hidden @ weights.hidden, d_hidden
+    d_hidden = _threshold_backward(torch.mm(d_out, weights.out), hidden, 0)
+    return torch.mm(d_hidden, weights.hidden), d_hidden
 
 
 def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -105,11 +107,3 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 def summed(parts: Sequence[Tensor]) -> Tensor:
     return sum(parts[1:], start=parts[0])
-
-
-def summed_products(gradients: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """The gradient of a matrix: what ``joined(gradients).T @ joined(rows)`` is, without the copies."""
-    result = gradients[0].T @ rows[0]
-    for gradient, row in zip(gradients[1:], rows[1:], strict=True):
-        result.addmm_(gradient.T, row)
-    return result
