@@ -12,12 +12,15 @@ a usual training step keeps the normed inputs, keys, values and T attentions, an
 the inputs' size; here one pass over the inputs is read an iteration, forward (logits, softmax over the slots, weighted
 sums: 2 H K C) and backward (the same again, and the queries' gradient: 3), and what is kept are rows of the slots. The
 gradient of the inputs is linear in such rows, so it is made once, of all iterations, in a last pass back (2 + 2 for
-each iteration). In plain torch the attention is kept too, H K / C of the inputs in each iteration: a processor reads
-it faster than it makes it again, and 6 T of the 9 T are left. LayerNorm's statistics are taken once; its affine
-part and the biases go into the matrices (`weights.fold`), its own derivative into that last pass.
+each iteration).
+
+In Triton a pass norms what it reads, and LayerNorm's affine part goes into the matrices (`folding`). In plain torch the
+normed inputs and the attention are kept too, 1 + T H K / C of the inputs: a processor reads them faster than it makes
+them again, and 6 T of the 9 T are left.
 
     plain       the definition: compile, export, higher derivatives, and whatever does not fit the rest
     derivative  the iterations as one function, with a derivative written by hand; weights' gradients in the end
     halves      an iteration before and after its pass; rows: its layers
+    folding     keys and values as the matrices that rows are multiplied with
     passes      the passes over the inputs: blocks in plain torch, kernels in Triton (operators, for a compiler)
 """

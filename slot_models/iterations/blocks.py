@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slot_models.iterations.rows import layer_norm_backward, summed
 from slot_models.iterations.weights import Weights
 from slot_models.precision import at_least_float
 
@@ -76,39 +77,29 @@ def inputs_backward(
     width, of_sums = inputs.shape[2], sum(each.shape[1] for each in d_sums)
     factors = torch.cat([*d_sums, *rows], dim=1)[..., :width]  # [B, 2TR, C]
     norm = weights.norm_inputs, weights.norm_inputs_bias
-    d_norm, d_norm_bias = (torch.zeros_like(each) for each in norm)
     values = 3 * width + 2 * factors.shape[1]
     d_inputs = None if _is_one_block(values, inputs.mT) else torch.empty_like(inputs)
-    for x, d_x, middle, scale, real, *parts, factors_here in _blocks(
-        values,
-        [
-            inputs.mT,
-            d_inputs if d_inputs is None else d_inputs.mT,
-            _row(mean),
-            _row(rstd),
-            _row(mask),
-            *attention,
-            *d_logits,
-        ],
-        [factors],
-    ):
+    into = None if d_inputs is None else d_inputs.mT
+    of_blocks = [inputs.mT, into, _row(mean), _row(rstd), _row(mask), *attention, *d_logits]
+    d_norms = []
+    for x, d_x, middle, scale, real, *parts, factors_here in _blocks(values, of_blocks, [factors]):
         wide = torch.cat(parts, dim=1)  # [b, 2TR, n]
         wide[:, :of_sums].add_(added)
         d_normed = torch.bmm(wide.mT, factors_here)  # [b, n, C]
         del wide  # the most memory of a step is held here
         if real is not None:
             d_normed.mul_(real.mT)
-        d_here, *d_norm_here = torch.ops.aten.native_layer_norm_backward(
+        d_here, *d_norm = layer_norm_backward(
             d_normed, at_least_float(x.mT), [width], middle.mT, scale.mT, *norm, [True, True, True]
         )
-        d_norm.add_(d_norm_here[0])
-        d_norm_bias.add_(d_norm_here[1])
+        d_norms.append(d_norm)
         if d_x is None:
             d_inputs = d_here.to(inputs.dtype)
         else:
             d_x.copy_(d_here.mT)
     assert d_inputs is not None
-    return d_inputs, d_norm, d_norm_bias
+    d_weight, d_bias = (summed(each) for each in zip(*d_norms, strict=True))
+    return d_inputs, d_weight, d_bias
 
 
 def _blocks(values: int, of_inputs: Sequence[Tensor | None], of_images: Sequence[Tensor | None]) -> Iterator[Any]:

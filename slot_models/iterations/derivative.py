@@ -16,7 +16,7 @@ from slot_models.iterations.halves import (
     TakenGradients,
     ask,
     ask_backward,
-    by_head,
+    matrices_gradient,
     take,
     take_backward,
 )
@@ -47,8 +47,8 @@ def refine(
         slot_mask: bool [B, K].
     """
     device = inputs.device.type
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    rules = replace(rules, half=half)
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        rules = replace(rules, half=True)
     with full_precision(slots):
         if torch.is_grad_enabled():
             result: Tensor = _Refine.apply(inputs, slots, input_mask, slot_mask, rules, *weights)  # type: ignore[no-untyped-call]
@@ -158,10 +158,9 @@ def _weight_gradients(
     """In the order of Weights, of the rows of all iterations."""
     asked, _, taken = zip(*kept, strict=True)
     d_asked, _, d_taken = zip(*found, strict=True)
-    pooled = [by_head(each.pooled, rules.heads) for each in taken]  # [H, R, W]
     d_folded = Folded(
-        torch.bmm(joined([a.queries for a in asked], 1).mT, joined([d.rows for d in d_asked], 1)),
-        torch.bmm(joined([d.values for d in d_taken], 1).mT, joined(pooled, 1)),
+        matrices_gradient(joined([a.queries for a in asked]), joined([d.rows for d in d_asked]), rules.heads),
+        matrices_gradient(joined([d.values for d in d_taken]), joined([t.pooled for t in taken]), rules.heads),
     )
     result = d_norm | fold_backward(d_folded, weights, rules, reading.affine, reading.constant)
 

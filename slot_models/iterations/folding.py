@@ -11,8 +11,8 @@ from slot_models.iterations.weights import Rules, Weights
 class Folded(NamedTuple):
     """Matrices for inputs of W channels: the C normed ones, and one more that is always 1 where something needs it."""
 
-    keys: Tensor  # [H, d, W]
-    values: Tensor  # [H, d, W]
+    keys: Tensor  # [H d, W]
+    values: Tensor  # [H d, W]
 
 
 def fold(weights: Weights, rules: Rules, affine: bool, constant: bool) -> Folded:
@@ -24,7 +24,7 @@ def fold(weights: Weights, rules: Rules, affine: bool, constant: bool) -> Folded
     """
     keys = _folded(weights.to_key, weights.key_bias, weights, affine, constant) * rules.scale
     values = _folded(weights.to_value, weights.value_bias, weights, affine, constant)
-    return Folded(*(matrix.view(rules.heads, -1, matrix.shape[1]) for matrix in (keys, values)))
+    return Folded(keys, values)
 
 
 def _folded(matrix: Tensor, bias: Tensor | None, weights: Weights, affine: bool, constant: bool) -> Tensor:
@@ -40,10 +40,9 @@ def _folded(matrix: Tensor, bias: Tensor | None, weights: Weights, affine: bool,
 def fold_backward(gradients: Folded, weights: Weights, rules: Rules, affine: bool, constant: bool) -> dict[str, Tensor]:
     """Gradients of the weights that were folded, by their names in Weights."""
     found: dict[str, Tensor] = {}
-    d_keys, d_values = (gradient.flatten(0, 1) for gradient in gradients)
     for name, matrix, d_folded in (
-        ("key", weights.to_key, d_keys.mul_(rules.scale)),
-        ("value", weights.to_value, d_values),
+        ("key", weights.to_key, gradients.keys.mul_(rules.scale)),
+        ("value", weights.to_value, gradients.values),
     ):
         if constant:
             d_folded, d_last = d_folded[:, :-1], d_folded[:, -1]

@@ -30,7 +30,7 @@ class Asked(NamedTuple):
     normed: Tensor  # [R, D]; mean and rstd are of this LayerNorm, [R, 1]
     mean: Tensor
     rstd: Tensor
-    queries: Tensor  # [H, R, d]
+    queries: Tensor  # [R, H d]
     rows: Tensor  # [B, H K, W], queries for the inputs themselves
 
 
@@ -52,7 +52,7 @@ class Taken(NamedTuple):
 
 
 class AskedGradients(NamedTuple):
-    rows: Tensor  # [H, R, W]
+    rows: Tensor  # [B, H K, W]
     queries: Tensor  # [R, H d]
     norm: Tensor  # [D], of the LayerNorm's weight and bias
     norm_bias: Tensor
@@ -61,7 +61,7 @@ class AskedGradients(NamedTuple):
 class TakenGradients(NamedTuple):
     sums: Tensor  # [B, H K, W]
     total: Tensor | None  # [B, H K, 1]
-    values: Tensor  # [H, R, d]
+    values: Tensor  # [R, H d]
     updates: Tensor
     from_updates: Tensor  # [R, 3D]
     from_slots: Tensor  # [R, 3D]
@@ -74,8 +74,8 @@ class TakenGradients(NamedTuple):
 def ask(slots: Tensor, batch: int, masked: Tensor | None, weights: Weights, folded: Folded, rules: Rules) -> Asked:
     """From slots [R, D]; masked, bool [B, H K, 1], are the rows that do not compete."""
     normed = normalise(slots, weights.norm_slots, weights.norm_slots_bias, rules.norm_eps)
-    queries = split(functional.linear(normed.rows, weights.to_query, weights.query_bias), rules.heads)
-    rows = by_image(torch.bmm(queries, folded.keys), batch)
+    queries = functional.linear(normed.rows, weights.to_query, weights.query_bias)
+    rows = spread(queries, folded.keys, rules.heads, batch)
     if masked is not None:  # the lowest number, not -inf: an image without any slot stays finite
         rows = rows.masked_fill(masked, 0.0)
         rows[..., -1:].masked_fill_(masked, torch.finfo(rows.dtype).min)
@@ -94,8 +94,7 @@ def ask_backward(
     """The gradient of the slots: d_slots, and what comes through their queries."""
     if masked is not None:
         d_rows = d_rows.masked_fill(masked, 0.0)
-    d_rows = by_head(d_rows, rules.heads)
-    d_queries = merge(torch.bmm(d_rows, folded.keys.mT))
+    d_queries = gather(d_rows, folded.keys, rules.heads)
     d_normed = torch.mm(d_queries, weights.to_query)
     normed = Normed(asked.normed, asked.mean, asked.rstd)
     through, d_norm, d_norm_bias = normalise_backward(
@@ -119,7 +118,7 @@ def take(
     """
     whole = total.clamp(min=rules.eps) if count is None else count  # a mean of no inputs at all is zero
     pooled = sums / whole
-    values = updates = merge(torch.bmm(by_head(pooled, rules.heads), folded.values.mT))
+    values = updates = gather(pooled, folded.values, rules.heads)
     if weights.combine is not None:
         updates = functional.linear(values, weights.combine, weights.combine_bias)
     middle, state = gru(updates, slots, weights.gru)
@@ -140,8 +139,8 @@ def take_backward(
     d_middle.add_(d_next)
     state = GRUState(taken.gates, taken.from_hidden, taken.new)
     d_updates, d_slots, d_from_updates, d_from_slots = gru_backward(d_middle, slots, state, weights.gru)
-    d_values = split(d_updates if weights.combine is None else d_updates @ weights.combine, rules.heads)
-    d_sums = by_image(torch.bmm(d_values, folded.values), taken.pooled.shape[0]) / taken.whole
+    d_values = d_updates if weights.combine is None else torch.mm(d_updates, weights.combine)
+    d_sums = spread(d_values, folded.values, rules.heads, taken.pooled.shape[0]) / taken.whole
     d_total = None
     if rules.update == "mean":  # which the weights divide too; eps bounds it only where no input counts: pooled is 0
         d_total = (d_sums * taken.pooled).sum(dim=2, keepdim=True).neg_()
@@ -150,30 +149,38 @@ def take_backward(
     )
 
 
-# With one head there is nothing to reorder, and the calls would be a part of what a small image costs.
+def spread(rows: Tensor, matrices: Tensor, heads: int, batch: int) -> Tensor:
+    """Each head's part of rows [R, H d] times its matrix, of [H d, W]: [B, H K, W]."""
+    width = matrices.shape[1]
+    if heads == 1:  # nothing to reorder, and the calls would be a part of what a small image costs
+        return torch.mm(rows, matrices).view(batch, -1, width)
+    products = torch.bmm(_of_heads(rows, heads), matrices.view(heads, -1, width))
+    return products.view(heads, batch, -1, width).transpose(0, 1).reshape(batch, -1, width)
 
 
-def split(rows: Tensor, heads: int) -> Tensor:
+def gather(rows: Tensor, matrices: Tensor, heads: int) -> Tensor:
+    """Rows [B, H K, W] times their head's matrix transposed, of [H d, W]: [R, H d]."""
+    width = matrices.shape[1]
+    if heads == 1:
+        return torch.mm(rows.view(-1, width), matrices.T)
+    products = torch.bmm(_by_head(rows, heads), matrices.view(heads, -1, width).mT)
+    return products.transpose(0, 1).flatten(1)
+
+
+def matrices_gradient(apart: Tensor, spread: Tensor, heads: int) -> Tensor:
+    """Of the matrices [H d, W] between rows [R, H d] and rows [B, H K, W]."""
+    width = spread.shape[2]
+    if heads == 1:
+        return torch.mm(apart.T, spread.view(-1, width))
+    return torch.bmm(_of_heads(apart, heads).mT, _by_head(spread, heads)).view(-1, width)
+
+
+def _of_heads(rows: Tensor, heads: int) -> Tensor:
     """[R, H d] -> [H, R, d]."""
-    return rows[None] if heads == 1 else rows.view(rows.shape[0], heads, -1).transpose(0, 1)
+    return rows.view(rows.shape[0], heads, -1).transpose(0, 1)
 
 
-def merge(rows: Tensor) -> Tensor:
-    """[H, R, d] -> [R, H d]."""
-    return rows[0] if rows.shape[0] == 1 else rows.transpose(0, 1).flatten(1)
-
-
-def by_image(rows: Tensor, batch: int) -> Tensor:
-    """[H, B K, c] -> [B, H K, c]."""
-    heads, _, width = rows.shape
-    if heads == 1:
-        return rows.view(batch, -1, width)
-    return rows.view(heads, batch, -1, width).transpose(0, 1).reshape(batch, -1, width)
-
-
-def by_head(rows: Tensor, heads: int) -> Tensor:
-    """[B, H K, c] -> [H, B K, c]."""
+def _by_head(rows: Tensor, heads: int) -> Tensor:
+    """[B, H K, W] -> [H, R, W]."""
     batch, _, width = rows.shape
-    if heads == 1:
-        return rows.view(1, -1, width)
     return rows.view(batch, heads, -1, width).transpose(0, 1).reshape(heads, -1, width)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_tanh_backward, _sigmoid_backward = torch.ops.aten.tanh_backward, torch.ops.aten.sigmoid_backward
-_threshold_backward = torch.ops.aten.threshold_backward
+_tanh_backward, _sigmoid_backward = torch.ops.aten.tanh_backward.default, torch.ops.aten.sigmoid_backward.default
+_threshold_backward = torch.ops.aten.threshold_backward.default
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 class Normed(NamedTuple):
@@ -31,7 +32,7 @@ def normalise_backward(
     d_normed: Tensor, rows: Tensor, normed: Normed, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the rows, the weight and the bias."""
-    return torch.ops.aten.native_layer_norm_backward(  # type: ignore[no-any-return]
+    return layer_norm_backward(  # type: ignore[no-any-return]
         d_normed, rows, rows.shape[-1:], normed.mean, normed.rstd, weight, bias, [True, True, True]
     )
 
@@ -100,9 +101,9 @@ def mlp_backward(d_out: Tensor, hidden: Tensor, weights: MLPWeights) -> tuple[Te
     return torch.mm(d_hidden, weights.hidden), d_hidden
 
 
-def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all iterations."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def summed(parts: Sequence[Tensor]) -> Tensor:

@@ -28,13 +28,6 @@ def normal(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def centred(*shape: int, seed: int) -> Tensor:
-    """Rows [..., C + 1] of which the first C have no mean."""
-    rows = normal(*shape, seed=seed)
-    rows[..., :-1] -= rows[..., :-1].mean(dim=-1, keepdim=True)
-    return rows
-
-
 def read(batch: int, count: int, width: int, masked: bool) -> tuple[Tensor, Tensor | None]:
     mask = None
     if masked:
@@ -47,38 +40,37 @@ def read(batch: int, count: int, width: int, masked: bool) -> tuple[Tensor, Tens
 def test_each_kernel_is_its_pass_in_plain_torch(sizes: Any, masked: bool) -> None:
     batch, count, width, groups, rows_of_group = sizes
     inputs, mask = read(batch, count, width, masked)
-    known = kernels.statistics(inputs, 1e-5, mask)
-    for ours, theirs in zip(known, blocks.statistics(inputs, 1e-5, mask), strict=True):
-        assert distance(ours, theirs) <= 1e-5
-    mean, rstd = known
-    rows = centred(batch, 2, groups * rows_of_group, width + 1, seed=3)
-    d_sums = centred(batch, 2, groups * rows_of_group, width + 1, seed=4)
+    weights = build(1, False, input_dim=width)._weights()
+    weights = weights._replace(
+        norm_inputs=torch.ones_like(inputs[0, 0]), norm_inputs_bias=torch.zeros_like(inputs[0, 0])
+    )
+    normed, *statistics = blocks.normalise(inputs, weights, 1e-5, constant=True)
+    mean, rstd = kernels.statistics(inputs, 1e-5, mask)
+    assert distance(mean, statistics[0]) <= 1e-5
+    assert distance(rstd, statistics[1] if mask is None else statistics[1] * mask) <= 1e-5
+    rows = normal(batch, 2, groups * rows_of_group, width + 1, seed=3)
+    d_sums = normal(batch, 2, groups * rows_of_group, width + 1, seed=4)
     attention, d_logits = [], []
     for row, d_sum in zip(rows.unbind(1), d_sums.unbind(1), strict=True):
         row, d_sum = row.contiguous(), d_sum.contiguous()
-        expected, won = blocks.pool(inputs, rstd, row, mask, groups, 1e-3)
-        assert same(kernels.pool(inputs, mean, rstd, row, groups, 1e-3, False), expected)
-        expected, d_won = blocks.pool_backward(inputs, rstd, d_sum, won, groups)
-        assert same(kernels.pool_backward(inputs, mean, rstd, row, d_sum, groups, False), expected)
+        expected, total, won = blocks.pool(normed, row, mask, groups, 1e-3)
+        assert distance(kernels.pool(inputs, mean, rstd, row, groups, 1e-3, False), expected) <= 1e-4
+        assert distance(expected[..., -1:], total) <= 1e-5
+        expected, d_won = blocks.pool_backward(normed, d_sum, None, won, groups)
+        assert distance(kernels.pool_backward(inputs, mean, rstd, row, d_sum, groups, False), expected) <= 1e-4
         attention.append(won)
         d_logits.append(d_won)
     d_inputs = kernels.inputs_backward(inputs, mean, rstd, rows, d_sums, groups, 1e-3, False)
     lists = (list(t.unbind(1)) for t in (rows, d_sums))
-    expected = blocks.inputs_backward(inputs, mean, rstd, *lists, attention, d_logits, 1e-3)
+    expected, *_ = blocks.inputs_backward(inputs, *statistics, mask, weights, *lists, attention, d_logits, 1e-3)
     assert distance(d_inputs, expected) <= 1e-4
-
-
-def same(ours: Tensor, theirs: Tensor) -> bool:
-    """But for a multiple of ones in the first C channels."""
-    parts = [torch.cat([t[..., :-1] - t[..., :-1].mean(-1, keepdim=True), t[..., -1:]], dim=-1) for t in (ours, theirs)]
-    return distance(*parts) <= 1e-4
 
 
 def test_a_pass_in_parts_is_the_whole_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums of as many programs as there are tiles, and the same numbers each time."""
     inputs, _ = read(1, 700, 16, False)
-    known, rows = kernels.statistics(inputs, 1e-5, None), centred(1, 3, 17, seed=3)
-    d_sums, found = centred(1, 3, 17, seed=4), []
+    known, rows = kernels.statistics(inputs, 1e-5, None), normal(1, 3, 17, seed=3)
+    d_sums, found = normal(1, 3, 17, seed=4), []
     for programs in (1, 2, 1000):
         monkeypatch.setattr(kernels, "_PROGRAMS_PER_PROCESSOR", programs)
         found.append(
@@ -170,8 +162,8 @@ def test_the_operators_say_their_shapes_and_keep_their_inputs() -> None:
     inputs, _ = read(2, 19, 6, False)
     known, rows, d_sums = (
         kernels.statistics(inputs, 1e-5, None),
-        centred(2, 2, 4, 7, seed=3),
-        centred(2, 2, 4, 7, seed=4),
+        normal(2, 2, 4, 7, seed=3),
+        normal(2, 2, 4, 7, seed=4),
     )
     first, d_first = rows[:, 0].contiguous(), d_sums[:, 0].contiguous()
     checks = ("test_schema", "test_faketensor")

@@ -106,7 +106,7 @@ def test_of_the_inputs_size_the_normed_ones_and_the_attention_are_kept(heads: in
     others = [tuple(tensor.shape) for tensor in large if tensor.data_ptr() != inputs.data_ptr()]
     assert len(others) < len(large)
     of_each_iteration, mean_and_deviation = [(2, 4 * heads, 5000)] * 3, [(2, 5000)] * 2
-    assert sorted(others) == sorted([(2, 5000, 6), *of_each_iteration, *mean_and_deviation])
+    assert sorted(others) == sorted([(2, 6, 5000), *of_each_iteration, *mean_and_deviation])
 
 
 @kinds
@@ -163,7 +163,7 @@ def test_a_step_under_no_grad_is_the_same_step(heads: int, joint: bool) -> None:
 
 
 def test_inputs_far_from_zero_lose_no_more_than_their_own_rounding() -> None:
-    """The LayerNorm of the inputs is never formed; what it subtracts must not drown what is left."""
+    """What the LayerNorm of the inputs subtracts must not drown what is left."""
     for offset in (0.0, 10.0, 1000.0):
         attention, inputs, slots = build(), normal(2, 400, 6) + offset, normal(2, 4, 6, seed=3)
         inputs = inputs.float().double()  # what float32 holds of them is what is compared
