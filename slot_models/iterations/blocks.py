@@ -5,13 +5,14 @@ inputs from memory once, and large enough that the work outweighs the calls. The
 reads them faster than it makes them again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slot_models.iterations.rows import layer_norm_backward, summed
+from slot_models.iterations.rows import joined, layer_norm_backward, summed
 from slot_models.iterations.weights import Weights
 from slot_models.precision import at_least_float
 
@@ -29,18 +30,18 @@ def normalise(inputs: Tensor, weights: Weights, norm_eps: float, constant: bool)
 
 def pool(normed: Tensor, rows: Tensor, mask: Tensor | None, groups: int, added: float) -> tuple[Tensor, Tensor, Tensor]:
     (batch, width, count), number = normed.shape, rows.shape[1]
-    sums, total = torch.zeros_like(rows), rows.new_zeros(batch, number, 1)
     attention = rows.new_empty(batch, number, count)
-    for x, won, real, rows_here, sums_here, total_here in _blocks(
-        width + 3 * number, [normed, attention, _row(mask)], [rows, sums, total]
-    ):
-        logits = torch.bmm(rows_here, x)  # [b, R, n]
+
+    def pool_block(x: Tensor, won: Tensor, real: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.bmm(rows, x)  # [b, R, n]
         torch.softmax(_grouped(logits, groups), dim=-2, out=_grouped(won, groups))
         if real is not None:
             won.mul_(real)
         weights = won + added if real is None else (won + added).mul_(real)
-        total_here.add_(weights.sum(dim=2, keepdim=True))
-        sums_here.baddbmm_(weights, x.mT)
+        return torch.bmm(weights, x.mT), weights.sum(dim=2, keepdim=True)
+
+    of_inputs = [normed, attention, _row(mask)]
+    sums, total = _over_blocks(pool_block, width + 3 * number, of_inputs, [rows])
     return sums, total, attention
 
 
@@ -48,16 +49,18 @@ def pool_backward(
     normed: Tensor, d_sums: Tensor, d_total: Tensor | None, attention: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
     width, number = normed.shape[1], d_sums.shape[1]
-    d_rows, d_logits = torch.zeros_like(d_sums), torch.empty_like(attention)
-    for x, won, d_here, d_sums_here, d_total_here, d_rows_here in _blocks(
-        width + 4 * number, [normed, attention, d_logits], [d_sums, d_total, d_rows]
-    ):
-        d_won = torch.bmm(d_sums_here, x)  # [b, R, n]
-        if d_total_here is not None:
-            d_won.add_(d_total_here)
+    d_logits = torch.empty_like(attention)
+
+    def block_backward(x: Tensor, won: Tensor, d_here: Tensor, d_sums: Tensor, d_total: Tensor | None) -> tuple[Tensor]:
+        d_won = torch.bmm(d_sums, x)  # [b, R, n]
+        if d_total is not None:
+            d_won.add_(d_total)
         products, won, into = (_grouped(each, groups) for each in (d_won.mul_(won), won, d_here))
         torch.addcmul(products, won, products.sum(dim=-2, keepdim=True), value=-1, out=into)
-        d_rows_here.baddbmm_(d_here, x.mT)
+        return (torch.bmm(d_here, x.mT),)
+
+    of_inputs = [normed, attention, d_logits]
+    (d_rows,) = _over_blocks(block_backward, width + 4 * number, of_inputs, [d_sums, d_total])
     return d_rows, d_logits
 
 
@@ -82,7 +85,7 @@ def inputs_backward(
     into = None if d_inputs is None else d_inputs.mT
     of_blocks = [inputs.mT, into, _row(mean), _row(rstd), _row(mask), *attention, *d_logits]
     d_norms = []
-    for x, d_x, middle, scale, real, *parts, factors_here in _blocks(values, of_blocks, [factors]):
+    for x, d_x, middle, scale, real, *parts, factors_here in chain.from_iterable(_blocks(values, of_blocks, [factors])):
         wide = torch.cat(parts, dim=1)  # [b, 2TR, n]
         wide[:, :of_sums].add_(added)
         d_normed = torch.bmm(wide.mT, factors_here)  # [b, n, C]
@@ -102,23 +105,37 @@ def inputs_backward(
     return d_inputs, d_weight, d_bias
 
 
-def _blocks(values: int, of_inputs: Sequence[Tensor | None], of_images: Sequence[Tensor | None]) -> Iterator[Any]:
-    """The parts of tensors [B, *, N] and [B, *, *] that are of a block: some images whole, or a part of one.
+def _over_blocks(
+    work: Callable[..., tuple[Tensor, ...]],
+    values: int,
+    of_inputs: Sequence[Tensor | None],
+    of_images: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """What is made of each block, [b, *, *]: added over the parts of an image, joined over the images."""
+    made = [[work(*block) for block in parts] for parts in _blocks(values, of_inputs, of_images)]
+    of_some = [[summed(each) for each in zip(*parts, strict=True)] for parts in made]
+    return [joined(each) for each in zip(*of_some, strict=True)]
+
+
+def _blocks(
+    values: int, of_inputs: Sequence[Tensor | None], of_images: Sequence[Tensor | None]
+) -> Iterator[Iterable[Any]]:
+    """Of some images after others, the blocks: of tensors [B, *, N] all inputs or a part, and of tensors [B, *, *].
 
     From each input `values` are made. The first tensor is there.
     """
     first = of_inputs[0]
     assert first is not None
     if _is_one_block(values, first):
-        yield (*of_inputs, *of_images)
+        yield ((*of_inputs, *of_images),)
         return
     batch, _, count = first.shape
     tokens = _tokens(values, first)
     images, part = _evenly(batch, max(1, tokens // count)), _evenly(count, tokens)
     for some in zip(*(_split(tensor, images, 0, batch) for tensor in (*of_inputs, *of_images)), strict=True):
         inputs, rest = some[: len(of_inputs)], some[len(of_inputs) :]
-        for block in zip(*(_split(tensor, part, 2, count) for tensor in inputs), strict=True):
-            yield (*block, *rest)
+        blocks = zip(*(_split(tensor, part, 2, count) for tensor in inputs), strict=True)
+        yield [(*block, *rest) for block in blocks]
 
 
 def _is_one_block(values: int, inputs: Tensor) -> bool:
