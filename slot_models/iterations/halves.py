@@ -167,12 +167,12 @@ def gather(rows: Tensor, matrices: Tensor, heads: int) -> Tensor:
     return products.transpose(0, 1).flatten(1)
 
 
-def matrices_gradient(apart: Tensor, spread: Tensor, heads: int) -> Tensor:
-    """Of the matrices [H d, W] between rows [R, H d] and rows [B, H K, W]."""
-    width = spread.shape[2]
+def matrices_gradient(apart: Tensor, by_image: Tensor, heads: int) -> Tensor:
+    """Of the matrices [H d, W] between rows [R, H d] and those by image [B, H K, W]."""
+    width = by_image.shape[2]
     if heads == 1:
-        return torch.mm(apart.T, spread.view(-1, width))
-    return torch.bmm(_of_heads(apart, heads).mT, _by_head(spread, heads)).view(-1, width)
+        return torch.mm(apart.T, by_image.view(-1, width))
+    return torch.bmm(_of_heads(apart, heads).mT, _by_head(by_image, heads)).view(-1, width)
 
 
 def _of_heads(rows: Tensor, heads: int) -> Tensor:
