@@ -13,27 +13,39 @@ import torch
 from torch import Tensor
 
 from slot_models.iterations.rows import joined, layer_norm_backward, summed
-from slot_models.iterations.weights import Weights
 from slot_models.precision import at_least_float
 
 BLOCK_BYTES = 2**23  # for each thread, so that they have images of their own
 
 
-def normalise(inputs: Tensor, weights: Weights, norm_eps: float, constant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed inputs [B, C, N], or with one more channel that is always 1; mean and 1 / deviation [B, N]."""
-    norm = weights.norm_inputs, weights.norm_inputs_bias
-    normed, mean, rstd = torch.native_layer_norm(at_least_float(inputs), inputs.shape[2:], *norm, norm_eps)
-    if constant:
-        normed = torch.cat([normed, normed.new_ones(*normed.shape[:2], 1)], dim=2)
-    return normed.mT, mean.squeeze(2), rstd.squeeze(2)
+def normalise(
+    inputs: Tensor, norm: tuple[Tensor, Tensor], norm_eps: float, constant: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed inputs [B, C, N], or with one more channel that is always 1; mean and 1 / deviation [B, N].
+
+    Norm are the weight and the bias [C].
+    """
+    batch, count, width = inputs.shape
+    if not constant and inputs.dtype == norm[0].dtype:
+        normed, mean, rstd = torch.native_layer_norm(inputs, [width], *norm, norm_eps)
+        return normed.mT, mean.squeeze(2), rstd.squeeze(2)
+    normed = norm[0].new_ones(batch, count, width + constant)
+    mean, rstd = normed.new_empty(2, batch, count)
+    for x, into, *statistics in chain.from_iterable(
+        _blocks(3 * width, [inputs.mT, normed.mT, _row(mean), _row(rstd)], [])
+    ):
+        found = torch.native_layer_norm(at_least_float(x.mT), [width], *norm, norm_eps)
+        for to, part in zip((into[:, :width], *statistics), found, strict=True):
+            to.copy_(part.mT)
+    return normed.mT, mean, rstd
 
 
 def pool(normed: Tensor, rows: Tensor, mask: Tensor | None, groups: int, added: float) -> tuple[Tensor, Tensor, Tensor]:
     (batch, width, count), number = normed.shape, rows.shape[1]
     attention = rows.new_empty(batch, number, count)
 
-    def pool_block(x: Tensor, won: Tensor, real: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.bmm(rows, x)  # [b, R, n]
+    def pool_block(x: Tensor, won: Tensor, real: Tensor | None, rows_here: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.bmm(rows_here, x)  # [b, R, n]
         torch.softmax(_grouped(logits, groups), dim=-2, out=_grouped(won, groups))
         if real is not None:
             won.mul_(real)
@@ -51,13 +63,15 @@ def pool_backward(
     width, number = normed.shape[1], d_sums.shape[1]
     d_logits = torch.empty_like(attention)
 
-    def block_backward(x: Tensor, won: Tensor, d_here: Tensor, d_sums: Tensor, d_total: Tensor | None) -> tuple[Tensor]:
-        d_won = torch.bmm(d_sums, x)  # [b, R, n]
-        if d_total is not None:
-            d_won.add_(d_total)
-        products, won, into = (_grouped(each, groups) for each in (d_won.mul_(won), won, d_here))
-        torch.addcmul(products, won, products.sum(dim=-2, keepdim=True), value=-1, out=into)
-        return (torch.bmm(d_here, x.mT),)
+    def block_backward(
+        x: Tensor, won: Tensor, into: Tensor, d_sums_here: Tensor, d_total_here: Tensor | None
+    ) -> tuple[Tensor]:
+        d_won = torch.bmm(d_sums_here, x)  # [b, R, n]
+        if d_total_here is not None:
+            d_won.add_(d_total_here)
+        products, won, d_here = (_grouped(each, groups) for each in (d_won.mul_(won), won, into))
+        torch.addcmul(products, won, products.sum(dim=-2, keepdim=True), value=-1, out=d_here)
+        return (torch.bmm(into, x.mT),)
 
     of_inputs = [normed, attention, d_logits]
     (d_rows,) = _over_blocks(block_backward, width + 4 * number, of_inputs, [d_sums, d_total])
@@ -69,7 +83,7 @@ def inputs_backward(
     mean: Tensor,
     rstd: Tensor,
     mask: Tensor | None,
-    weights: Weights,
+    norm: tuple[Tensor, Tensor],
     rows: Sequence[Tensor],
     d_sums: Sequence[Tensor],
     attention: Sequence[Tensor],
@@ -79,7 +93,6 @@ def inputs_backward(
     """Gradients of the inputs, and of the weight and the bias of their LayerNorm."""
     width, of_sums = inputs.shape[2], sum(each.shape[1] for each in d_sums)
     factors = torch.cat([*d_sums, *rows], dim=1)[..., :width]  # [B, 2TR, C]
-    norm = weights.norm_inputs, weights.norm_inputs_bias
     values = 3 * width + 2 * factors.shape[1]
     d_inputs = None if _is_one_block(values, inputs.mT) else torch.empty_like(inputs)
     into = None if d_inputs is None else d_inputs.mT
@@ -87,7 +100,8 @@ def inputs_backward(
     d_norms = []
     for x, d_x, middle, scale, real, *parts, factors_here in chain.from_iterable(_blocks(values, of_blocks, [factors])):
         wide = torch.cat(parts, dim=1)  # [b, 2TR, n]
-        wide[:, :of_sums].add_(added)
+        if added:
+            wide[:, :of_sums].add_(added)
         d_normed = torch.bmm(wide.mT, factors_here)  # [b, n, C]
         del wide  # the most memory of a step is held here
         if real is not None:
@@ -120,7 +134,8 @@ def _over_blocks(
 def _blocks(
     values: int, of_inputs: Sequence[Tensor | None], of_images: Sequence[Tensor | None]
 ) -> Iterator[Iterable[Any]]:
-    """Of some images after others, the blocks: of tensors [B, *, N] all inputs or a part, and of tensors [B, *, *].
+    """The parts of tensors [B, *, N] and [B, *, *] that are of a block, by images: one block has some images whole, or
+    an image has several, each with a part of its inputs.
 
     From each input `values` are made. The first tensor is there.
     """

@@ -47,14 +47,15 @@ def refine(
         slot_mask: bool [B, K].
     """
     device = inputs.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
-        rules = replace(rules, half=True)
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    rules = replace(rules, half=half, affine=passes.affine_in_folding(inputs))
+    inputs = inputs.contiguous()  # here, where a second derivative sees it
     with full_precision(slots):
         if torch.is_grad_enabled():
             result: Tensor = _Refine.apply(inputs, slots, input_mask, slot_mask, rules, *weights)  # type: ignore[no-untyped-call]
             return result
         reading = passes.read(inputs, weights, rules, input_mask, slot_mask)
-        folded = fold(weights, rules, reading.affine, reading.constant)
+        folded = fold(weights, rules, reading.constant)
         return _forward(reading, slots, slot_mask, weights, folded, rules, keep=False)[0]
 
 
@@ -71,7 +72,7 @@ class _Refine(torch.autograd.Function):
     ) -> Tensor:
         weights = Weights(*parameters)  # type: ignore[arg-type]
         reading = passes.read(inputs, weights, rules, input_mask, slot_mask)
-        folded = fold(weights, rules, reading.affine, reading.constant)
+        folded = fold(weights, rules, reading.constant)
         result, kept = _forward(reading, slots, slot_mask, weights, folded, rules, keep=True)
         iterations = (tensor for asked, attention, taken in kept for tensor in (*asked, attention, *taken))
         ctx.save_for_backward(*reading, slots, slot_mask, *weights, *folded, *iterations)
@@ -92,7 +93,7 @@ class _Refine(torch.autograd.Function):
         with full_precision(d_result):
             if torch.is_grad_enabled():  # a second derivative will be asked for
                 return _differentiable(d_result, ctx.needs_input_grad, reading, slots, slot_mask, weights, rules)
-            to_inputs = any(ctx.needs_input_grad[:1] + ctx.needs_input_grad[5:7])  # or to their LayerNorm
+            to_inputs = ctx.needs_input_grad[0]
             d_slots, found = _backward(d_result, reading, slot_mask, weights, folded, rules, kept)
             d_inputs, d_norm = _inputs_gradients(reading, kept, found, weights, rules) if to_inputs else (None, {})
             d_weights = _weight_gradients(reading, kept, found, d_norm, weights, rules)
@@ -162,7 +163,7 @@ def _weight_gradients(
         matrices_gradient(joined([a.queries for a in asked]), joined([d.rows for d in d_asked]), rules.heads),
         matrices_gradient(joined([d.values for d in d_taken]), joined([t.pooled for t in taken]), rules.heads),
     )
-    result = d_norm | fold_backward(d_folded, weights, rules, reading.affine, reading.constant)
+    result = d_norm | fold_backward(d_folded, weights, rules, reading.constant)
 
     def of_linear(name: str, bias: str, gradients: list[Tensor], rows: list[Tensor]) -> None:
         gradient = joined(gradients)
@@ -181,7 +182,7 @@ def _weight_gradients(
         result[name] = summed([d.norm for d in gradients])
         result[f"{name}_bias"] = summed([d.norm_bias for d in gradients])
     return tuple(
-        None if weight is None else result.get(name) for name, weight in zip(Weights._fields, weights, strict=True)
+        None if weight is None else result[name] for name, weight in zip(Weights._fields, weights, strict=True)
     )
 
 

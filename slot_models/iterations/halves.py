@@ -1,6 +1,6 @@
 """One iteration of slot attention and its derivative: each in two halves, with a pass over the inputs between them.
 
-R is B x K: the slots of all images are rows of one matrix.
+R is B x K: the slots of all images are rows of one matrix. W is the number of channels that slots see; see passes.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Asked(NamedTuple):
     mean: Tensor
     rstd: Tensor
     queries: Tensor  # [R, H d]
-    rows: Tensor  # [B, H K, W], queries for the inputs themselves
+    rows: Tensor  # [B, H K, W], queries for the normed inputs
 
 
 class Taken(NamedTuple):
@@ -76,9 +76,9 @@ def ask(slots: Tensor, batch: int, masked: Tensor | None, weights: Weights, fold
     normed = normalise(slots, weights.norm_slots, weights.norm_slots_bias, rules.norm_eps)
     queries = functional.linear(normed.rows, weights.to_query, weights.query_bias)
     rows = spread(queries, folded.keys, rules.heads, batch)
-    if masked is not None:  # the lowest number, not -inf: an image without any slot stays finite
+    if masked is not None:  # a low number, not -inf: an image without any slot stays finite, in bfloat16 too
         rows = rows.masked_fill(masked, 0.0)
-        rows[..., -1:].masked_fill_(masked, torch.finfo(rows.dtype).min)
+        rows[..., -1:].masked_fill_(masked, torch.finfo(rows.dtype).min / 2)
     return Asked(slots, *normed, queries, rows)
 
 

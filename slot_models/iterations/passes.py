@@ -2,8 +2,8 @@
 
 What the slots ask and get are rows [B, R, W], R = H x K, one number for each channel of the inputs as the slots see
 them: the C normed ones, and one more that is always 1 where something needs it. A number in the last channel of a query
-is added to its logits, and that of a weighted sum is the sum of the weights. In Triton a pass norms what it reads, and
-has that channel at no cost; in plain torch both are made once.
+is added to its logits, and that of a weighted sum is the sum of the weights. In Triton a pass norms what it reads,
+without the LayerNorm's affine part, and has that channel at no cost; in plain torch both are made once.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,10 @@ class Reading(NamedTuple):
     """Inputs, and what normalises them."""
 
     inputs: Tensor  # [B, N, C]
-    normed: Tensor | None  # [B, W, N], unless a pass makes them itself: without the LayerNorm's affine part
+    normed: Tensor | None  # [B, W, N], unless a pass norms what it reads
     mean: Tensor  # [B, N]
     rstd: Tensor  # [B, N]; in Triton 0 where masked
     mask: Tensor | None  # bool [B, N]
-
-    @property
-    def affine(self) -> bool:
-        """Whether the LayerNorm's affine part is left to the keys and values."""
-        return self.normed is None
 
     @property
     def constant(self) -> bool:
@@ -56,13 +51,24 @@ def in_triton(inputs: Tensor) -> bool:
     return inputs.is_cuda
 
 
+def affine_in_folding(inputs: Tensor) -> bool:
+    """Whether keys and values take the affine part of the inputs' LayerNorm.
+
+    Without a gradient of the inputs there is no last pass then, which would be made for the LayerNorm alone.
+    """
+    return in_triton(inputs) or (torch.is_grad_enabled() and not inputs.requires_grad)
+
+
 def read(inputs: Tensor, weights: Weights, rules: Rules, mask: Tensor | None, slot_mask: Tensor | None) -> Reading:
-    inputs = inputs.contiguous()
+    """Of inputs [B, N, C] in one piece; rules.affine is what affine_in_folding says of them."""
     if in_triton(inputs):
         mean, rstd = _triton().statistics(inputs, rules.norm_eps, mask)
         return Reading(inputs, None, mean, rstd, mask)
-    constant = any(each is not None for each in (weights.key_bias, weights.value_bias, slot_mask))
-    return Reading(inputs, *blocks.normalise(inputs, weights, rules.norm_eps, constant), mask)
+    constant = rules.affine or any(each is not None for each in (weights.key_bias, weights.value_bias, slot_mask))
+    norm = weights.norm_inputs, weights.norm_inputs_bias
+    if rules.affine:
+        norm = torch.ones_like(norm[0]), torch.zeros_like(norm[1])
+    return Reading(inputs, *blocks.normalise(inputs, norm, rules.norm_eps, constant), mask)
 
 
 def pool(reading: Reading, rows: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -85,11 +91,12 @@ def pool_backward(
 
     And that of the logits, where the attention was kept; where it was not, that of the total is added to the sums'.
     """
-    if attention is None or reading.normed is None:
+    if reading.normed is None:
         if d_total is not None:
-            d_sums[..., -1:].add_(d_total)
+            d_sums[..., -1:].add_(d_total)  # in place: inputs_backward reads it again
         known = reading.inputs, reading.mean, reading.rstd
         return _triton().pool_backward(*known, rows.contiguous(), d_sums.contiguous(), rules.groups, rules.half), None
+    assert attention is not None
     return blocks.pool_backward(reading.normed, d_sums, d_total, attention, rules.groups)
 
 
@@ -107,12 +114,13 @@ def inputs_backward(
     And those of the LayerNorm's weight and bias, by their names in Weights, unless the keys and values have them.
     """
     known = reading.inputs, reading.mean, reading.rstd
-    if reading.affine:
+    if reading.normed is None:
         all_rows, all_d_sums = torch.stack(list(rows), 1), torch.stack(list(d_sums), 1)
         return _triton().inputs_backward(*known, all_rows, all_d_sums, rules.groups, rules.added, rules.half), {}
     kept, d_kept = ([each for each in parts if each is not None] for parts in (attention, d_logits))
+    norm = weights.norm_inputs, weights.norm_inputs_bias
     d_inputs, d_weight, d_bias = blocks.inputs_backward(
-        *known, reading.mask, weights, rows, d_sums, kept, d_kept, rules.added
+        *known, reading.mask, norm, rows, d_sums, kept, d_kept, rules.added
     )
     return d_inputs, {"norm_inputs": d_weight, "norm_inputs_bias": d_bias}
 

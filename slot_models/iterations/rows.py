@@ -1,6 +1,6 @@
 """What happens to the slots between two passes, and its derivative: layers on R = B x K rows.
 
-Every function has a twin that takes the gradient of its result. The gradients of matrices are products over the rows of
+Every layer has a twin that takes the gradient of its result. The gradients of matrices are products over the rows of
 all iterations: the twins leave them to the caller, who takes each in the end at once.
 """
 
@@ -102,9 +102,10 @@ def mlp_backward(d_out: Tensor, hidden: Tensor, weights: MLPWeights) -> tuple[Te
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all iterations."""
+    """One after the other; without a copy where there is but one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def summed(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum; the part itself where there is but one."""
     return sum(parts[1:], start=parts[0])

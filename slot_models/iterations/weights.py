@@ -15,6 +15,7 @@ class Rules:
 
     absorb: whether queries and updates are projected, rather than the inputs; see absorbing.
     half: whether to multiply in bfloat16, as under its autocast; sums stay in float32.
+    affine: whether keys and values take the affine part of the inputs' LayerNorm; see folding.
     """
 
     iterations: int
@@ -26,6 +27,7 @@ class Rules:
     competition: Competition
     update: Update
     half: bool = False
+    affine: bool = False
 
     @property
     def groups(self) -> int:

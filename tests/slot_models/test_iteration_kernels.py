@@ -40,11 +40,8 @@ def read(batch: int, count: int, width: int, masked: bool) -> tuple[Tensor, Tens
 def test_each_kernel_is_its_pass_in_plain_torch(sizes: Any, masked: bool) -> None:
     batch, count, width, groups, rows_of_group = sizes
     inputs, mask = read(batch, count, width, masked)
-    weights = build(1, False, input_dim=width)._weights()
-    weights = weights._replace(
-        norm_inputs=torch.ones_like(inputs[0, 0]), norm_inputs_bias=torch.zeros_like(inputs[0, 0])
-    )
-    normed, *statistics = blocks.normalise(inputs, weights, 1e-5, constant=True)
+    norm = torch.ones_like(inputs[0, 0]), torch.zeros_like(inputs[0, 0])
+    normed, *statistics = blocks.normalise(inputs, norm, 1e-5, constant=True)
     mean, rstd = kernels.statistics(inputs, 1e-5, mask)
     assert distance(mean, statistics[0]) <= 1e-5
     assert distance(rstd, statistics[1] if mask is None else statistics[1] * mask) <= 1e-5
@@ -62,7 +59,7 @@ def test_each_kernel_is_its_pass_in_plain_torch(sizes: Any, masked: bool) -> Non
         d_logits.append(d_won)
     d_inputs = kernels.inputs_backward(inputs, mean, rstd, rows, d_sums, groups, 1e-3, False)
     lists = (list(t.unbind(1)) for t in (rows, d_sums))
-    expected, *_ = blocks.inputs_backward(inputs, *statistics, mask, weights, *lists, attention, d_logits, 1e-3)
+    expected, *_ = blocks.inputs_backward(inputs, *statistics, mask, norm, *lists, attention, d_logits, 1e-3)
     assert distance(d_inputs, expected) <= 1e-4
 
 
@@ -123,6 +120,18 @@ def test_the_module_through_the_kernels_equals_the_equations(heads: int, joint: 
     )
     assert distance(ours, oracle) <= 1e-4
     assert gradient_distance(mine, gradients(oracle.square().sum(), leaves)) <= 1e-3
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_no_kernel_goes_back_to_inputs_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    back = kernels.inputs_backward
+    monkeypatch.setattr(kernels, "inputs_backward", lambda *a: (called.append(1), back(*a))[1])
+    attention, inputs = build(1, False), normal(2, 21, 6)
+    attention(inputs).sum().backward()
+    assert not called and attention.norm_inputs.weight.grad.any()
+    attention(inputs.requires_grad_()).sum().backward()
+    assert called == [1]
 
 
 @pytest.mark.usefixtures("in_triton")

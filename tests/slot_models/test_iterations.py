@@ -117,8 +117,9 @@ def test_second_derivatives(heads: int, joint: bool) -> None:
     def function(inputs: Tensor, noise: Tensor, *values: Tensor) -> Any:
         return functional_call(attention, dict(zip(names, values, strict=True)), (inputs,), {"noise": noise})
 
-    arguments = (normal(2, 5, 3).requires_grad_(), normal(2, 4, 6, seed=3).requires_grad_(), *weights)
-    assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+    for inputs in (normal(2, 5, 3), normal(2, 3, 5).mT):  # as tokens, and as an encoder's channels
+        arguments = (inputs.requires_grad_(), normal(2, 4, 6, seed=3).requires_grad_(), *weights)
+        assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
 
 @kinds
@@ -159,7 +160,31 @@ def test_a_step_under_no_grad_is_the_same_step(heads: int, joint: bool) -> None:
     attention, inputs = build(heads, joint), normal(2, 9, 6)
     with torch.no_grad():
         found = attention(inputs)
-    assert torch.equal(found, attention(inputs)) and not found.requires_grad
+    assert not found.requires_grad and distance(found, attention(inputs)) <= 1e-13
+    assert torch.equal(found, attention(inputs.requires_grad_()))
+
+
+@kinds
+def test_nothing_goes_back_to_inputs_without_a_gradient(
+    heads: int, joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen encoder's features: the LayerNorm learns all the same."""
+    attention, inputs = build(heads, joint), normal(2, 9, 6)
+    weights = dict(attention.norm_inputs.named_parameters())
+    expected = gradients(attention(inputs.clone().requires_grad_()).square().sum(), weights)
+    monkeypatch.setattr(blocks, "inputs_backward", None)  # not to be called
+    assert gradient_distance(gradients(attention(inputs).square().sum(), weights), expected) <= 1e-10
+
+
+def test_an_image_without_any_slot_stays_finite_where_products_are_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.set_float32_matmul_precision("medium") makes them on some processors."""
+    attention, inputs = build().float(), normal(2, 9, 6).float().requires_grad_()
+    product = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: product(*(part.bfloat16().float() for part in (a, b))))
+    slots_that_compete = torch.tensor([[False] * 4, [True, False, True, True]])
+    result = attention(inputs, slot_mask=slots_that_compete)
+    result.sum().backward()
+    assert result.isfinite().all() and inputs.grad is not None and inputs.grad.isfinite().all()
 
 
 def test_inputs_far_from_zero_lose_no_more_than_their_own_rounding() -> None:
