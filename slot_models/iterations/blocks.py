@@ -89,12 +89,13 @@ def inputs_backward(
     attention: Sequence[Tensor],
     d_logits: Sequence[Tensor],
     added: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the inputs, and of the weight and the bias of their LayerNorm."""
+    wanted: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of the inputs, if wanted, and of the weight and the bias of their LayerNorm."""
     width, of_sums = inputs.shape[2], sum(each.shape[1] for each in d_sums)
     factors = torch.cat([*d_sums, *rows], dim=1)[..., :width]  # [B, 2TR, C]
     values = 3 * width + 2 * factors.shape[1]
-    d_inputs = None if _is_one_block(values, inputs.mT) else torch.empty_like(inputs)
+    d_inputs = None if _is_one_block(values, inputs.mT) or not wanted else torch.empty_like(inputs)
     into = None if d_inputs is None else d_inputs.mT
     of_blocks = [inputs.mT, into, _row(mean), _row(rstd), _row(mask), *attention, *d_logits]
     d_norms = []
@@ -107,14 +108,13 @@ def inputs_backward(
         if real is not None:
             d_normed.mul_(real.mT)
         d_here, *d_norm = layer_norm_backward(
-            d_normed, at_least_float(x.mT), [width], middle.mT, scale.mT, *norm, [True, True, True]
+            d_normed, at_least_float(x.mT), [width], middle.mT, scale.mT, *norm, [wanted, True, True]
         )
         d_norms.append(d_norm)
-        if d_x is None:
-            d_inputs = d_here.to(inputs.dtype)
-        else:
+        if d_x is not None:
             d_x.copy_(d_here.mT)
-    assert d_inputs is not None
+        elif wanted:
+            d_inputs = d_here.to(inputs.dtype)
     d_weight, d_bias = (summed(each) for each in zip(*d_norms, strict=True))
     return d_inputs, d_weight, d_bias
 

@@ -1,6 +1,6 @@
 """All iterations of slot attention as one function, with a derivative written by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +48,7 @@ def refine(
     """
     device = inputs.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    rules = replace(rules, half=half, affine=passes.affine_in_folding(inputs))
+    rules = replace(rules, half=half, affine=passes.in_triton(inputs))
     inputs = inputs.contiguous()  # here, where a second derivative sees it
     with full_precision(slots):
         if torch.is_grad_enabled():
@@ -93,9 +93,12 @@ class _Refine(torch.autograd.Function):
         with full_precision(d_result):
             if torch.is_grad_enabled():  # a second derivative will be asked for
                 return _differentiable(d_result, ctx.needs_input_grad, reading, slots, slot_mask, weights, rules)
-            to_inputs = ctx.needs_input_grad[0]
+            wanted, of_norm = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:7]) and not rules.affine
+            d_inputs: Tensor | None = None
+            d_norm: Mapping[str, Tensor | None] = dict.fromkeys(("norm_inputs", "norm_inputs_bias"))
             d_slots, found = _backward(d_result, reading, slot_mask, weights, folded, rules, kept)
-            d_inputs, d_norm = _inputs_gradients(reading, kept, found, weights, rules) if to_inputs else (None, {})
+            if wanted or of_norm:
+                d_inputs, d_norm = _inputs_gradients(reading, kept, found, weights, rules, wanted)
             d_weights = _weight_gradients(reading, kept, found, d_norm, weights, rules)
         return d_inputs, d_slots, None, None, None, *d_weights
 
@@ -144,17 +147,17 @@ def _backward(
 
 
 def _inputs_gradients(
-    reading: Reading, kept: Kept, found: Found, weights: Weights, rules: Rules
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the inputs, and of their LayerNorm where it is not in the folded matrices."""
+    reading: Reading, kept: Kept, found: Found, weights: Weights, rules: Rules, wanted: bool
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Of the inputs, if wanted, and of their LayerNorm where it is not in the folded matrices."""
     all_asked, attentions, _ = zip(*kept, strict=True)
     _, d_attentions, all_taken = zip(*found, strict=True)
     rows, d_sums = [asked.rows for asked in all_asked], [taken.sums for taken in all_taken]
-    return passes.inputs_backward(reading, rows, d_sums, attentions, d_attentions, weights, rules)
+    return passes.inputs_backward(reading, rows, d_sums, attentions, d_attentions, weights, rules, wanted)
 
 
 def _weight_gradients(
-    reading: Reading, kept: Kept, found: Found, d_norm: dict[str, Tensor], weights: Weights, rules: Rules
+    reading: Reading, kept: Kept, found: Found, d_norm: Mapping[str, Tensor | None], weights: Weights, rules: Rules
 ) -> tuple[Tensor | None, ...]:
     """In the order of Weights, of the rows of all iterations."""
     asked, _, taken = zip(*kept, strict=True)
@@ -163,7 +166,7 @@ def _weight_gradients(
         matrices_gradient(joined([a.queries for a in asked]), joined([d.rows for d in d_asked]), rules.heads),
         matrices_gradient(joined([d.values for d in d_taken]), joined([t.pooled for t in taken]), rules.heads),
     )
-    result = d_norm | fold_backward(d_folded, weights, rules, reading.constant)
+    result = {**d_norm, **fold_backward(d_folded, weights, rules, reading.constant)}
 
     def of_linear(name: str, bias: str, gradients: list[Tensor], rows: list[Tensor]) -> None:
         gradient = joined(gradients)

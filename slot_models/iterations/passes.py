@@ -51,23 +51,13 @@ def in_triton(inputs: Tensor) -> bool:
     return inputs.is_cuda
 
 
-def affine_in_folding(inputs: Tensor) -> bool:
-    """Whether keys and values take the affine part of the inputs' LayerNorm.
-
-    Without a gradient of the inputs there is no last pass then, which would be made for the LayerNorm alone.
-    """
-    return in_triton(inputs) or (torch.is_grad_enabled() and not inputs.requires_grad)
-
-
 def read(inputs: Tensor, weights: Weights, rules: Rules, mask: Tensor | None, slot_mask: Tensor | None) -> Reading:
-    """Of inputs [B, N, C] in one piece; rules.affine is what affine_in_folding says of them."""
+    """Of inputs [B, N, C] in one piece."""
     if in_triton(inputs):
         mean, rstd = _triton().statistics(inputs, rules.norm_eps, mask)
         return Reading(inputs, None, mean, rstd, mask)
-    constant = rules.affine or any(each is not None for each in (weights.key_bias, weights.value_bias, slot_mask))
+    constant = any(each is not None for each in (weights.key_bias, weights.value_bias, slot_mask))
     norm = weights.norm_inputs, weights.norm_inputs_bias
-    if rules.affine:
-        norm = torch.ones_like(norm[0]), torch.zeros_like(norm[1])
     return Reading(inputs, *blocks.normalise(inputs, norm, rules.norm_eps, constant), mask)
 
 
@@ -108,8 +98,9 @@ def inputs_backward(
     d_logits: Sequence[Tensor | None],
     weights: Weights,
     rules: Rules,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The gradient of the inputs before their LayerNorm through all passes, in their order.
+    wanted: bool,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The gradient of the inputs before their LayerNorm through all passes, in their order, if it is wanted.
 
     And those of the LayerNorm's weight and bias, by their names in Weights, unless the keys and values have them.
     """
@@ -120,7 +111,7 @@ def inputs_backward(
     kept, d_kept = ([each for each in parts if each is not None] for parts in (attention, d_logits))
     norm = weights.norm_inputs, weights.norm_inputs_bias
     d_inputs, d_weight, d_bias = blocks.inputs_backward(
-        *known, reading.mask, norm, rows, d_sums, kept, d_kept, rules.added
+        *known, reading.mask, norm, rows, d_sums, kept, d_kept, rules.added, wanted
     )
     return d_inputs, {"norm_inputs": d_weight, "norm_inputs_bias": d_bias}
 

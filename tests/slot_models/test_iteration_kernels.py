@@ -59,7 +59,7 @@ def test_each_kernel_is_its_pass_in_plain_torch(sizes: Any, masked: bool) -> Non
         d_logits.append(d_won)
     d_inputs = kernels.inputs_backward(inputs, mean, rstd, rows, d_sums, groups, 1e-3, False)
     lists = (list(t.unbind(1)) for t in (rows, d_sums))
-    expected, *_ = blocks.inputs_backward(inputs, *statistics, mask, norm, *lists, attention, d_logits, 1e-3)
+    expected, *_ = blocks.inputs_backward(inputs, *statistics, mask, norm, *lists, attention, d_logits, 1e-3, True)
     assert distance(d_inputs, expected) <= 1e-4
 
 

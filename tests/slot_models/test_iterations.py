@@ -160,20 +160,8 @@ def test_a_step_under_no_grad_is_the_same_step(heads: int, joint: bool) -> None:
     attention, inputs = build(heads, joint), normal(2, 9, 6)
     with torch.no_grad():
         found = attention(inputs)
-    assert not found.requires_grad and distance(found, attention(inputs)) <= 1e-13
+    assert torch.equal(found, attention(inputs)) and not found.requires_grad
     assert torch.equal(found, attention(inputs.requires_grad_()))
-
-
-@kinds
-def test_nothing_goes_back_to_inputs_without_a_gradient(
-    heads: int, joint: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A frozen encoder's features: the LayerNorm learns all the same."""
-    attention, inputs = build(heads, joint), normal(2, 9, 6)
-    weights = dict(attention.norm_inputs.named_parameters())
-    expected = gradients(attention(inputs.clone().requires_grad_()).square().sum(), weights)
-    monkeypatch.setattr(blocks, "inputs_backward", None)  # not to be called
-    assert gradient_distance(gradients(attention(inputs).square().sum(), weights), expected) <= 1e-10
 
 
 def test_an_image_without_any_slot_stays_finite_where_products_are_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
