@@ -168,13 +168,13 @@ def convolution(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def transposed(layer: TurnedConvTranspose2d) -> Form:
-    """As the layer does it: of a turned image."""
+    """As the layer does it with a stride: of a turned image."""
     options = {"stride": layer.stride, "padding": layer.before, "output_padding": layer.output_padding}
     return lambda image, weight, bias: functional.conv_transpose2d(image, weight.flip(2, 3), bias, **options)
 
 
 def as_convolution(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A transposed convolution of stride 1, of a turned image."""
+    """As the layer does it without a stride: of a turned image."""
     return functional.conv2d(image, weight.transpose(0, 1), bias, padding=weight.shape[-1] // 2)
 
 
