@@ -4,21 +4,27 @@
 
     assembled       what a user writes: SlotAttention of the PyPI package slot-attention, torch's convolutions, linear
                     layers and softmax, mean squared error, torch.optim.Adam
-    slotforge       build_autoencoder and PlainEngine, the training loop's; the assembled model's weights are copied
+    memory kept     the same, in a process that keeps what it frees (orchestration/cores.py), as a training rank does
+    slotforge       build_autoencoder and PlainEngine, the training loop's, in such a process; the assembled model's
+                    weights are copied
 
-Both take a whole step (noise, forward, backward, Adam) on the same images with the same noise, in turns, so that what
-else the machine does hits both alike. Their losses stay within 1e-5 of each other, or the benchmark fails. CPU time
-tells more than wall time where the machine has other work; the least of the repeats is the least disturbed. What the
-backward pass holds is what autograd saved, each tensor once.
+All take a whole step (noise, forward, backward, Adam) on the same images with the same noise, each in a process of its
+own and in turns, so that what else the machine does hits all alike. Their losses stay within 1e-5 of each other, or the
+benchmark fails. CPU time tells more than wall time where the machine has other work; the least of the repeats is the
+least disturbed. What the backward pass holds is what autograd saved, each tensor once; the peak is of the process.
 """
 
 import argparse
 import itertools
+import multiprocessing
 import os
+import resource
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 import slot_attention
 import torch
@@ -26,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.page import machine, versions, write
+from orchestration.cores import use_cores
 from orchestration.engine import PlainEngine
 from slot_models import SlotAutoencoder, build_autoencoder
 from slot_models.interop import from_package
@@ -33,6 +40,7 @@ from slot_models.interop import from_package
 LEARNING_RATE, LEAST_AGREEMENT = 4e-4, 1e-5
 MODELS = {"Tetrominoes": (35, 4), "Multi-dSprites": (64, 6)}
 """Pixels a side and slots (Locatello et al. 2020); 32 channels, slots of 64, three iterations."""
+KINDS = ("assembled", "memory kept", "slotforge")
 
 
 class Position(nn.Module):
@@ -160,15 +168,6 @@ def our_step(model: SlotAutoencoder, images: Tensor) -> Step:
     return step
 
 
-@dataclass
-class Turns:
-    """Seconds of each step: on the clock, and of this process on all cores. MB held for the backward pass."""
-
-    wall: list[float]
-    cpu: list[float]
-    held: float
-
-
 def held_for_backward(step: Step) -> float:
     """Takes a step; MB of different memory that autograd saved in it."""
     storages: dict[int, int] = {}
@@ -182,25 +181,74 @@ def held_for_backward(step: Step) -> float:
     return sum(storages.values()) / 1e6
 
 
-def measured(size: int, num_slots: int, batch: int, repeats: int) -> tuple[dict[str, Turns], float]:
-    """Turns of both, and how far apart their losses were at most."""
+@dataclass(frozen=True)
+class Turn:
+    """A step: its loss, seconds on the clock and of the process on all cores, and the process's peak until then, MB."""
+
+    loss: float
+    wall: float
+    cpu: float
+    peak: float
+
+
+@dataclass
+class Turns:
+    """The steps of a kind, and MB held for the backward pass."""
+
+    held: float
+    steps: list[Turn] = field(default_factory=list)
+
+
+def work(kind: str, name: str, batch: int, threads: int, connection: Connection) -> None:
+    """A process of a kind: sends what is held for the backward pass, then a Turn for each seed that it is sent."""
+    if kind == "assembled":
+        torch.set_num_threads(threads)
+    else:
+        use_cores(threads)
     torch.manual_seed(0)
-    assembled = Assembled(size, num_slots)
-    model, images = converted(assembled), scenes(batch, size)
-    steps = {"assembled": assembled_step(assembled, images), "slotforge": our_step(model, images)}
-    turns, apart = {}, 0.0
-    for name, step in steps.items():
-        torch.manual_seed(0)
-        turns[name] = Turns([], [], held_for_backward(step))
-    for repeat in range(repeats):
-        losses = []
-        for name, step in steps.items():
-            torch.manual_seed(1 + repeat)  # both draw the same noise from it
-            start, busy = time.perf_counter(), time.process_time()
-            losses.append(step())
-            turns[name].wall.append(time.perf_counter() - start)
-            turns[name].cpu.append(time.process_time() - busy)
-        apart = max(apart, abs(float(losses[0] - losses[1])))
+    size, num_slots = MODELS[name]
+    assembled, images = Assembled(size, num_slots), scenes(batch, size)
+    step = our_step(converted(assembled), images) if kind == "slotforge" else assembled_step(assembled, images)
+    torch.manual_seed(0)  # all draw the same noise from a seed
+    connection.send(held_for_backward(step))
+    while (seed := connection.recv()) is not None:
+        torch.manual_seed(seed)
+        start, busy = time.perf_counter(), time.process_time()
+        loss = float(step())
+        wall, cpu = time.perf_counter() - start, time.process_time() - busy
+        connection.send(Turn(loss, wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3))
+
+
+@contextmanager
+def process(kind: str, name: str, batch: int, threads: int) -> Iterator[Connection]:
+    spawning = multiprocessing.get_context("spawn")
+    connection, other = spawning.Pipe()
+    child = spawning.Process(target=work, args=(kind, name, batch, threads, other), daemon=True)
+    child.start()
+    other.close()  # so that its end is heard of here
+    try:
+        yield connection
+        connection.send(None)
+    finally:
+        connection.close()
+        child.join()
+
+
+def measured(name: str, batch: int, repeats: int, threads: int) -> tuple[dict[str, Turns], float]:
+    """Turns of each kind, and how far apart their losses were at most."""
+    with ExitStack() as stack:
+        workers, turns = {}, {}
+        for kind in KINDS:
+            workers[kind] = stack.enter_context(process(kind, name, batch, threads))
+            turns[kind] = Turns(workers[kind].recv())  # before the next one starts
+        for seed in range(1 + repeats):
+            for kind, worker in workers.items():
+                worker.send(seed)
+                turn = worker.recv()
+                if seed:  # the first ones find their memory
+                    turns[kind].steps.append(turn)
+    losses = torch.tensor([[turn.loss for turn in taken.steps] for taken in turns.values()])  # [kinds, repeats]
+    apart = float((losses.amax(dim=0) - losses.amin(dim=0)).max())
     if apart > LEAST_AGREEMENT:
         raise SystemExit(f"the losses are {apart:.1e} apart: these are not the same models")
     return turns, apart
@@ -208,13 +256,14 @@ def measured(size: int, num_slots: int, batch: int, repeats: int) -> tuple[dict[
 
 def rows(name: str, batch: int, turns: dict[str, Turns]) -> list[str]:
     """Of the table in Markdown."""
-    theirs, found = turns["assembled"], []
+    theirs, found = turns["assembled"].steps, []
     for kind, taken in turns.items():
-        rates = sorted(batch / seconds for seconds in taken.wall)
-        paired = statistics.median(a / b for a, b in zip(theirs.wall, taken.wall, strict=True))
+        rates = sorted(batch / turn.wall for turn in taken.steps)
+        paired = statistics.median(a.wall / b.wall for a, b in zip(theirs, taken.steps, strict=True))
+        least, less = (min(turn.cpu for turn in steps) for steps in (taken.steps, theirs))
         found.append(
             f"| {name} | {kind} | {statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f}) | {paired:.2f} | "
-            f"{1e3 * min(taken.cpu) / batch:.1f} | {min(theirs.cpu) / min(taken.cpu):.2f} | {taken.held / batch:.1f} |"
+            f"{1e3 * least / batch:.1f} | {less / least:.2f} | {taken.held / batch:.1f} | {taken.steps[-1].peak:.0f} |"
         )
     return found
 
@@ -227,13 +276,12 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, action="append", help="both if not given")
     parser.add_argument("--write", action="store_true", help="into BENCHMARKS.md")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     around, table, apart = machine(), [], 0.0
     for name in options.model or MODELS:
-        turns, difference = measured(*MODELS[name], options.batch, options.repeats)
+        turns, difference = measured(name, options.batch, options.repeats, options.threads)
         table += rows(name, options.batch, turns)
         apart = max(apart, difference)
-        print("\n".join(table[-2:]), flush=True)
+        print("\n".join(table[-len(KINDS) :]), flush=True)
     text = "\n".join(
         [
             "## A training step of the autoencoder",
@@ -245,8 +293,8 @@ def main() -> None:
             f"Losses at most {apart:.0e} apart. {around}; {versions('torch', 'slot-attention')}.",
             "",
             "| model | | images/s: median (spread) | times as fast | least CPU ms an image | times less | "
-            "MB an image held for backward |",
-            "|---|---|---|---|---|---|---|",
+            "MB an image held for backward | MB the process held at most |",
+            "|---|---|---|---|---|---|---|---|",
             *table,
         ]
     )

@@ -34,8 +34,8 @@ PACKAGES = ("torch", "ray", "deepspeed", "mlflow")
 
 BARE = """
 import sys, time
-import torch
-torch.set_num_threads(int(sys.argv[1]))
+from orchestration.cores import use_cores
+use_cores(int(sys.argv[1]))
 from orchestration.bare import train_bare
 from orchestration.prepare import data_folders
 from orchestration.recipe import load_recipe

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Taps = NDArray[np.bool_]
+_ON_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def convolution_taps(size: int, kernel: int) -> Taps:
@@ -55,12 +56,21 @@ class Broadcast(nn.Module):
     def forward(self, slots: Tensor, kernel: Tensor, shared: Tensor) -> Tensor:
         """slots [N, D], kernel [D, C, k, k], the position's part [1, C, h, w] -> their sum, ReLU, [N, C, h, w].
 
-        The result is in channels_last order.
+        The result is in the order that the next convolution is fastest in.
         """
         count, (channels, height) = slots.shape[0], shared.shape[1:3]
         kinds = einsum(kernel, self.row_kinds, self.column_kinds, "d c i j, p i, q j -> p q c d")
         own = functional.linear(slots, rearrange(kinds, "p q c d -> (p q c) d"))
         own = rearrange(own, "n (kind c) -> n kind c", c=channels)
         shared = rearrange(shared, "1 c h w -> 1 (h w) c").expand(count, -1, -1)
-        hidden = torch.baddbmm(shared, self.spread.expand(count, -1, -1), own).relu_()  # [N, h w, C]
-        return rearrange(hidden, "n (h w) c -> n c h w", h=height)
+        spread = self.spread.expand(count, -1, -1)
+        if _channels_last_is_faster(own):
+            hidden = torch.baddbmm(shared, spread, own).relu_()  # [N, h w, C]
+            return rearrange(hidden, "n (h w) c -> n c h w", h=height)
+        hidden = torch.baddbmm(shared.mT, own.mT, spread.mT).relu_()  # [N, C, h w]
+        return rearrange(hidden, "n c (h w) -> n c h w", h=height)
+
+
+def _channels_last_is_faster(slots: Tensor) -> bool:
+    """For convolutions: everywhere but on processors with AVX2 alone, and there in half precision."""
+    return not _ON_AVX2 or slots.device.type != "cpu" or slots.dtype.itemsize < 4

@@ -24,9 +24,10 @@ def normal(*shape: int, seed: int) -> Tensor:
     stride=st.integers(1, 3),
     before=st.integers(0, 3),
     count=st.integers(1, 3),
+    on_avx2=st.booleans(),
 )
 def test_values_and_gradients_are_those_of_convolving_slot_plus_position_at_every_cell(
-    transposed: bool, height: int, width: int, kernel: int, stride: int, before: int, count: int
+    transposed: bool, height: int, width: int, kernel: int, stride: int, before: int, count: int, on_avx2: bool
 ) -> None:
     dim, channels = 3, 2
     before = min(before, kernel - 1)
@@ -52,8 +53,10 @@ def test_values_and_gradients_are_those_of_convolving_slot_plus_position_at_ever
         rows, columns = (transposed_taps(size, kernel, stride, before) for size in (height, width))
     else:
         rows, columns = (convolution_taps(size, kernel) for size in (height, width))
-    ours = Broadcast(rows, columns).double()(slots, weight, layer(position))
-    assert ours.is_contiguous(memory_format=torch.channels_last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slot_models.broadcast._ON_AVX2", on_avx2)
+        ours = Broadcast(rows, columns).double()(slots, weight, layer(position))
+    assert ours.is_contiguous(memory_format=torch.contiguous_format if on_avx2 else torch.channels_last)
     assert distance(ours, expected) <= 1e-12
 
     direction = normal(*expected.shape, seed=4)
