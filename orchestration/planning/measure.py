@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from orchestration.assembly import build_model
-from orchestration.data_section import ScenesSection
 from orchestration.cores import use_cores
+from orchestration.data_section import ScenesSection
 from orchestration.engine import PlainEngine
 from orchestration.planning.cost import ModelSize
 from orchestration.planning.scaling import PERSISTENT
