@@ -4,7 +4,8 @@
 
     assembled       what a user writes: SlotAttention of the PyPI package slot-attention, torch's convolutions, linear
                     layers and softmax, mean squared error, torch.optim.Adam
-    memory kept     the same, in a process that keeps what it frees (orchestration/cores.py), as a training rank does
+    memory kept     the same, in a process that keeps what it frees (orchestration/kept_memory.py), as a training rank
+                    does
     slotforge       build_autoencoder and PlainEngine, the training loop's, in such a process; the assembled model's
                     weights are copied
 
@@ -32,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.page import machine, versions, write
-from orchestration.cores import use_cores
 from orchestration.engine import PlainEngine
+from orchestration.kept_memory import keep_memory
 from slot_models import SlotAutoencoder, build_autoencoder
 from slot_models.interop import from_package
 
@@ -201,10 +202,9 @@ class Turns:
 
 def work(kind: str, name: str, batch: int, threads: int, connection: Connection) -> None:
     """A process of a kind: sends what is held for the backward pass, then a Turn for each seed that it is sent."""
-    if kind == "assembled":
-        torch.set_num_threads(threads)
-    else:
-        use_cores(threads)
+    torch.set_num_threads(threads)
+    if kind != "assembled":
+        keep_memory()
     torch.manual_seed(0)
     size, num_slots = MODELS[name]
     assembled, images = Assembled(size, num_slots), scenes(batch, size)
@@ -216,7 +216,7 @@ def work(kind: str, name: str, batch: int, threads: int, connection: Connection)
         start, busy = time.perf_counter(), time.process_time()
         loss = float(step())
         wall, cpu = time.perf_counter() - start, time.process_time() - busy
-        connection.send(Turn(loss, wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3))
+        connection.send(Turn(loss, wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6))
 
 
 @contextmanager

@@ -34,8 +34,10 @@ PACKAGES = ("torch", "ray", "deepspeed", "mlflow")
 
 BARE = """
 import sys, time
-from orchestration.cores import use_cores
-use_cores(int(sys.argv[1]))
+import torch
+torch.set_num_threads(int(sys.argv[1]))
+from orchestration.kept_memory import keep_memory
+keep_memory()
 from orchestration.bare import train_bare
 from orchestration.prepare import data_folders
 from orchestration.recipe import load_recipe

@@ -17,6 +17,7 @@ from orchestration.assembly import Data
 from orchestration.clusters.capacity import cpus_per_worker, use_gpu
 from orchestration.elastic import Trainer
 from orchestration.files import write_json
+from orchestration.kept_memory import keeping_memory
 from orchestration.mailbox import SEND_SECONDS, STOP_SECONDS, News, TrainingError, open_mailbox
 from orchestration.process_group import ProcessGroup
 from orchestration.profiling.profile import TRACED_STEPS, WARM_STEPS, StepProfile
@@ -125,6 +126,7 @@ def _trainer(
         ),
         run_config=RunConfig(
             name=f"{recipe.name}-{lease}",  # a name of its own: our checkpoints are the truth, not Ray's
+            worker_runtime_env={} if gpu else {"env_vars": keeping_memory()},
             storage_path=str(state_home() / "ray" / f"{recipe.name}-{lease}"),
             failure_config=FailureConfig(
                 max_failures=recipe.parallel.max_failures,

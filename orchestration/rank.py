@@ -17,7 +17,6 @@ import torch
 
 from orchestration.agreement import Agreement, Pause, departure, open_board
 from orchestration.assembly import Data, build_model, training_order, training_stream
-from orchestration.cores import use_cores
 from orchestration.curves import Curves
 from orchestration.diagnosis import diagnose
 from orchestration.driver_line import DriverLine, log_to
@@ -94,7 +93,7 @@ def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
     data = Data(place_of(config["train"]), place_of(config["eval"]))
     device = f"cuda:{torch.cuda.current_device()}" if config["gpu"] else "cpu"
     if device == "cpu":
-        use_cores(config["threads"])
+        torch.set_num_threads(config["threads"])
 
     if not folder.facts:
         raise StateFolderError(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from orchestration.assembly import build_model
-from orchestration.cores import use_cores
 from orchestration.data_section import ScenesSection
 from orchestration.engine import PlainEngine
+from orchestration.kept_memory import keep_memory
 from orchestration.planning.cost import ModelSize
 from orchestration.planning.scaling import PERSISTENT
 from orchestration.recipe import Recipe, RecipeError
@@ -114,7 +114,7 @@ def step_time(recipe: Recipe, budget: float) -> StepTime:
         budget: seconds; it is passed where even a few samples take longer.
     """
     recipe = recipe.without_weights()
-    use_cores(torch.get_num_threads())  # as a rank does
+    keep_memory()  # as a rank does; this process goes on so
     began, samples = time.perf_counter(), 1
     largest = min(recipe.train.micro_batch, recipe.train.batch_size)
     engine = PlainEngine(build_model(recipe), clip_norm=recipe.train.clip_norm, precision=recipe.parallel.precision)

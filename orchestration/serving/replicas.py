@@ -41,9 +41,9 @@ class Replica:
     """
 
     def __init__(self, model: ModelName, limits: Limits, batch: int, threads: int) -> None:
-        from orchestration.cores import use_cores
+        import torch
 
-        use_cores(threads)
+        torch.set_num_threads(threads)
         self._model, self._limits = model.uri, limits
         self._finder = Finder.of(model, batch)
         self._find.set_max_batch_size(batch)  # type: ignore[attr-defined]

@@ -38,6 +38,12 @@ def test_transposed_convolution_is_tensorflows(height: int, width: int, kernel: 
     assert forward == pytest.approx((expected * other).sum(), abs=1e-10)
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 2), (4, 5), (4, 1), (2, 1)])
+def test_a_kernel_that_does_not_fit_its_stride_is_named(kernel: int, stride: int) -> None:
+    with pytest.raises(ValueError, match=rf"^kernel: {kernel} is "):
+        TurnedConvTranspose2d(3, 2, kernel, stride)
+
+
 @pytest.mark.parametrize(
     ("size", "strides", "kernel"), [((8, 4), (2, 2, 1), 5), ((6, 9), (3,), 3), ((4, 4), (1, 2), 3)]
 )

@@ -21,6 +21,7 @@ def test_kills_interrupts_and_a_torn_checkpoint_leave_no_trace_in_the_curve(twin
     run.wait_for_step(60, driver)
     victims = workers(driver)
     assert len(victims) == 2
+    assert all("MALLOC_ARENA_MAX" in rank.environ() for rank in victims), "every step maps its memory anew"
     rays = {"DashboardAgent", "RuntimeEnvAgent", "IDLE"}
     assert actors(driver) - rays == {"Mailbox", "TrainController", "RayTrainWorker"}, "each takes half a percent"
     victims[1].kill()
