@@ -27,9 +27,12 @@ def traced(kind: str) -> tuple[SlotAutoencoder, list[tuple[Tensor, ...]]]:
     return model, [(blocks(n, 9).double(), *(noise.double() for noise in noises(SMALL, n))) for n in (2, 5)]
 
 
-@pytest.mark.parametrize(  # one with a backward graph too, which takes as long again
+@pytest.mark.parametrize(  # the slow one has a backward graph too
     ("kind", "backend"),
-    [("difference", "aot_eager"), ("codebook", "eager"), ("mlp", "eager"), ("transformer", "eager")],
+    [
+        pytest.param("difference", "aot_eager", marks=pytest.mark.slow),
+        *(("codebook", "eager"), ("mlp", "eager"), ("transformer", "eager")),
+    ],
 )
 def test_the_whole_model_compiles_to_one_graph(kind: str, backend: str) -> None:
     model, (inputs, _) = traced(kind)

@@ -134,6 +134,7 @@ def test_a_ray_that_does_not_start_is_a_sentence(tmp_path: Path, monkeypatch: py
     assert result.exit_code == 1 and "timed out during startup" in result.output and "--local" in result.output
 
 
+@pytest.mark.slow
 def test_ray_makes_the_same_bytes_and_tells_what_is_bad(tmp_path: Path) -> None:
     """A process of its own: Ray wants its token before it is imported."""
     pictures(tmp_path / "in", 30)
