@@ -154,7 +154,9 @@ def sweep(shape: tuple[int, int, int, int], repeats: int) -> list[str]:
     usual, found = kernels._tile, []
     for block in (16, 32, 64, 128, 256):
         for warps in (2, 4, 8):
-            kernels._tile = lambda inputs, b=block, w=warps: usual(inputs) | {"BLOCK": b, "num_warps": w}
+            kernels._tile = lambda *sizes, b=block, w=warps, **more: (
+                usual(*sizes, **more) | {"BLOCK": b, "num_warps": w}
+            )
             cells = []
             for run, _ in passes(shape).values():
                 try:

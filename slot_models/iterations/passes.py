@@ -42,7 +42,7 @@ def fit(inputs: Tensor, slots: Tensor, rules: Rules, weights: Weights) -> bool:
     if in_triton(inputs):
         from slot_models.iterations import kernels
 
-        return kernels.supports(inputs, rules.heads * slots.shape[1] // rules.groups)
+        return kernels.supports(inputs, rules.heads * slots.shape[1] // rules.groups, rules.half)
     return inputs.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
 
 
