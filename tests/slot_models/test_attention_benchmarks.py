@@ -1,6 +1,11 @@
 """The benchmarks of slot attention: that they compare the same maths, and run where there is no GPU."""
 
+import os
 import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 from slot_oracles import distance, published_slot_attention
@@ -57,3 +62,12 @@ def test_the_gpu_benchmark_runs_in_small() -> None:
     assert len(rows) == 3 and "nan" not in tables
     errors = [float(cell) for cell in rows[2].split("|")[2:-1]]
     assert len(errors) == 4 and max(errors) < 0.1
+
+
+def test_the_gpu_benchmark_runs_from_a_folder_that_is_not_installed(tmp_path: Path) -> None:
+    """Without site, which would add the folder of an editable install."""
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    command = [sys.executable, "-S", str(script), "--help"]
+    environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--write" in done.stdout, done.stderr
