@@ -38,8 +38,10 @@ dev: .venv/installed-dev ## the same, with what tests and lint take
 demo: env ## train the demo recipe, to a registered model and its picture; ARGS=--fresh trains anew
 	$(BIN)/python -m orchestration.train --recipe demo $(ARGS)
 
-test: dev ## fast tests, then the short system tests (15 minutes at most)
-	$(BIN)/python -m pytest -m "not slow" tests/test_layout.py tests/test_readme.py tests/slot_models tests/pipelines tests/orchestration tests/system
+test: dev ## fast tests on two cores, then the short system tests (15 minutes at most)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile \
+		tests/test_layout.py tests/test_readme.py tests/slot_models tests/pipelines tests/orchestration
+	$(BIN)/python -m pytest -m "not slow" tests/system
 
 test-all: dev ## the slow tests (an hour at most)
 	$(BIN)/python -m pytest -m slow tests

@@ -289,6 +289,18 @@ def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def emulation(precision: Precision, device: torch.device) -> str | None:
+    """What to say where a device has no instructions for a precision: torch emulates it, slower than fp32."""
+    if precision == "fp32":
+        return None
+    if device.type == "cuda":
+        has, name = torch.cuda.is_bf16_supported(including_emulation=False), "GPU"
+    else:
+        found = torch.cpu.get_capabilities()
+        has, name = any(found.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16")), "CPU"  # the last is Arm's
+    return None if has else f"parallel.precision: this {name} has no instructions for bf16; fp32 is faster on it"
+
+
 def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

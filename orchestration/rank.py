@@ -20,7 +20,7 @@ from orchestration.assembly import Data, build_model, training_order, training_s
 from orchestration.curves import Curves
 from orchestration.diagnosis import diagnose
 from orchestration.driver_line import DriverLine, log_to
-from orchestration.engine import DeepSpeedEngine
+from orchestration.engine import DeepSpeedEngine, emulation
 from orchestration.interval import SaveInterval, mtbf_of_run
 from orchestration.mailbox import Failure, Leaving, Stopped
 from orchestration.node_metrics import NodeMetrics, gpu_sample, node_sample
@@ -125,6 +125,8 @@ def _train_rank(config: Mapping[str, Any], profiler: Profiler | None) -> None:
     if driver is not None:
         mailbox.attempt.remote(micro_batch)
         mailbox.mark.remote("loaded", time.time())
+        if slow := emulation(engine.precision, engine.device):
+            driver.warn(slow)
     mtbf = mtbf_of_run(recipe.train.mtbf_hours, world, context.get_local_world_size())
     interval = SaveInterval(recipe.train.checkpoint_every, mtbf)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestration.engine import DeepSpeedEngine, Engine, PlainEngine, Precision
+from orchestration.engine import DeepSpeedEngine, Engine, PlainEngine, Precision, emulation
 from pipelines import micro_batches
 from slot_models import SlotAutoencoder, Stage, build_autoencoder
 
@@ -234,6 +234,22 @@ def test_bf16_follows_fp32(folder: Path) -> None:
     fp32 = torch.load(folder / "run-2-rank-0.pt")["curve"][:5]
     assert [loss for loss, *_ in bf16] == pytest.approx([loss for loss, *_ in fp32], rel=1e-2)
     assert bf16 != fp32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel what the processor can do")
+def test_bf16_on_a_processor_without_it_is_told() -> None:
+    flags = {flag for line in Path("/proc/cpuinfo").read_text().splitlines() for flag in line.split()}
+    told = emulation("bf16", torch.device("cpu"))
+    assert (told is None) == bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16", "bf16", None])
+def test_fp32_is_recommended_where_bf16_is_emulated(instructions: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "bf16": False, instructions: True})
+    assert emulation("fp32", torch.device("cpu")) is None
+    told = emulation("bf16", torch.device("cpu"))
+    assert (told is None) == (instructions is not None)
+    assert told is None or "parallel.precision" in told
 
 
 def test_an_engine_steps_without_torchs_compiler_and_mlflow() -> None:
