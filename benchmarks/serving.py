@@ -3,8 +3,8 @@
 A registered model with the weights of a start (they cost what trained ones cost), served by one replica with as many
 threads as there are cores. Clients in this process ask one after the other over kept connections (a closed loop): one
 PNG a request, or 16 in one. Before each turn the model's own forward is timed in this process, on arrays, with
-the replica's batch and threads: the ceiling, which leaves nothing for HTTP, PNG, Ray and the clients. CPU time, of the
-command and of its replica, tells more than rates where clients and service share few cores.
+the replica's batch, threads and memory: the ceiling, which leaves nothing for HTTP, PNG, Ray and the clients. CPU
+time, of the command and of its replica, tells more than rates where clients and service share few cores.
 
 Exits with 1 if any request failed.
 """
@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.data import encoded, picture
 from benchmarks.page import machine, versions, write
+from orchestration.kept_memory import keep_memory
 from orchestration.recipe import load_recipe
 from orchestration.registry.package import package
 from orchestration.registry.trained import Trained
@@ -209,7 +210,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into BENCHMARKS.md")
     options = parser.parse_args()
     recipes, clients = options.recipe or ["demo", "clevr6"], options.clients or [1, 4, 16, 64]
-    torch.set_num_threads(os.cpu_count() or 1)  # the replica's
+    torch.set_num_threads(os.cpu_count() or 1)  # the replica's, and its memory
+    keep_memory()
     parts = [
         "## Serving",
         f"    python -m benchmarks.serving --seconds {options.seconds:g}",

@@ -8,6 +8,7 @@ import torch
 from rich.progress import Progress
 
 from orchestration.assembly import evaluation_batches, sources_of
+from orchestration.kept_memory import keep_memory
 from orchestration.prepare import data_folders
 from orchestration.recipe import Recipe
 from orchestration.scores import Scores, score
@@ -52,6 +53,7 @@ class HeldOut:
         gpu = self.recipe.parallel.device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if gpu else "cpu")
         stream, steps = evaluation_batches(self.recipe, self.place)
+        keep_memory()
         bar = progress.add_task(doing, total=read_index(self.place, sources_of(self.recipe)).num_samples)
         with stream:
             scores = score(

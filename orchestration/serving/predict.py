@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestration.files import write_bytes, write_json
+from orchestration.kept_memory import keep_memory
 from orchestration.serving.finder import Finder
 from orchestration.serving.found import Found, png
 from orchestration.serving.images import Framed, ImageError, framed
@@ -48,6 +49,7 @@ def predict(paths: Sequence[Path], finder: Finder, model: str, out: Path) -> Ite
         if stems.count(path.stem) > 1:
             raise ImageError(f"{path}: another image is called {path.stem} too; rename one, or predict them one by one")
     out.mkdir(parents=True, exist_ok=True)
+    keep_memory()
     for start in range(0, len(paths), _AT_ONCE):
         images = [(path, _read(path, finder.side)) for path in paths[start : start + _AT_ONCE]]
         seen = [image.pixels for _, image in images if isinstance(image, Framed)]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from orchestration.kept_memory import keeping_memory
 from orchestration.serving.finder import Finder, ModelName
 from orchestration.serving.images import ImageError, framed
 from orchestration.serving.parts import Part, Work, write
@@ -74,6 +75,7 @@ def predict_parts(
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=_MODEL_CPUS,
+        runtime_env={"env_vars": keeping_memory()},
     )
     try:
         for row in data.iter_rows():

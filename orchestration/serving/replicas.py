@@ -17,6 +17,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 
+from orchestration.kept_memory import keeping_memory
 from orchestration.serving.answers import Answer, Work, answered
 from orchestration.serving.app import UnavailableError
 from orchestration.serving.calls import Calls, LostError
@@ -88,7 +89,7 @@ class Replicas:
         deployment = Replica.options(  # type: ignore[attr-defined]
             num_replicas=count,
             max_ongoing_requests=max(_CALLS, batch),  # room for a whole batch of calls, or Ray Serve warns
-            ray_actor_options={"num_cpus": threads},
+            ray_actor_options={"num_cpus": threads, "runtime_env": {"env_vars": keeping_memory()}},
         )
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_QUIET)
         application = deployment.bind(model, limits, batch, threads)

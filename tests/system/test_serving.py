@@ -21,6 +21,7 @@ import urllib3
 from PIL import Image
 from runs import PATIENCE, Run, kill_everything, wait
 
+from orchestration.kept_memory import keeping_memory
 from orchestration.registry.loading import load
 from orchestration.serving.finder import Finder, ModelName
 from orchestration.serving.parts import claim, left_of
@@ -62,6 +63,16 @@ def slotforge(run: Run, *words: str) -> "subprocess.Popen[str]":
     )
 
 
+def actors(command: "subprocess.Popen[str]", name: str) -> list[psutil.Process]:
+    """Ray's processes under a command that hold such an actor."""
+    family = psutil.Process(command.pid).children(recursive=True)
+    return [child for child in family if name in " ".join(_command(child))]
+
+
+def keep_their_memory(processes: list[psutil.Process]) -> bool:
+    return bool(processes) and all(keeping_memory({}).items() <= process.environ().items() for process in processes)
+
+
 class Service:
     """slotforge serve, with what it prints."""
 
@@ -81,8 +92,7 @@ class Service:
         return "".join(self.lines)
 
     def replicas(self) -> list[psutil.Process]:
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in family if "ServeReplica" in " ".join(_command(child))]
+        return actors(self.process, "ServeReplica")
 
     def ask(self, body: bytes, path: str = "/predict", **headers: str) -> urllib3.BaseHTTPResponse:
         return self.pool.request("POST", path, body=body, headers={"Content-Type": "image/png", **headers})
@@ -149,6 +159,7 @@ def test_requests_go_on_while_a_replica_dies(twin: tuple[Run, str], finder: Find
             wait(lambda: min(answered) >= 10 or bool(wrong))
             before = service.replicas()
             assert len(before) == 2
+            assert keep_their_memory(before)
             before[0].kill()
             asked = sum(answered)
             wait(lambda: sum(answered) >= asked + 100 or bool(wrong))
@@ -204,6 +215,7 @@ def test_a_killed_prediction_of_a_set_goes_on(twin: tuple[Run, str], tmp_path: P
     killed = start("2")
     wait(lambda: written() >= 2 or killed.poll() is not None)
     assert killed.poll() is None, killed.communicate()[0]
+    assert keep_their_memory(actors(killed, "Predictor"))
     kill_everything(killed)
     there = written()
     assert 2 <= there < 20
