@@ -3,7 +3,8 @@
 glibc gives blocks of more than 32 MB back when they are freed. A step's activations are such blocks, and each next step
 waits while the kernel maps their pages and zeroes them once more: longer than for a third of its arithmetic, at the
 published sizes (benchmarks/autoencoder.py). So does each batch of a model that serves. What is kept finds its place
-among other blocks, so that a process holds up to half as much more. Other C libraries are left as they are.
+among other blocks, so that a process takes up to half as much more at its most, and holds that. Other C libraries are
+left as they are.
 """
 
 import ctypes
